@@ -1,0 +1,42 @@
+# The two commands a newcomer needs are `make demo` and `make test`; each does the set-up by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo setup test test-slow lint format flags clean
+
+demo: setup  ## train on the example pictures, load the file again, draw base | LoRA
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		train_dreambooth_bilora.py --config configs/quickstart.yaml
+	$(BIN)/python -m bilora_diffusion.demo outputs/quickstart
+
+setup: $(READY)  ## .venv with the tested versions
+
+# uv installs the three gigabytes of torch several times faster than pip.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
+	touch $(READY)
+
+test: setup  ## all tests that a CPU can run in minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup  ## full-size SDXL with random weights: 24 GB of memory, ten minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+flags: setup  ## rewrite docs/flags.md from the configuration
+	$(BIN)/python -m bilora_diffusion.command_line > docs/flags.md
+
+clean:
+	rm -rf outputs .pytest_cache .ruff_cache

@@ -1,0 +1,326 @@
+"""Everything a run is made of, built from the configuration in an order that keeps the peak of memory low.
+
+The text encoders embed all prompts and, unless they are trained, are freed; the VAE encodes all pictures and, unless
+crops are drawn anew, is freed; only then is the UNet loaded.
+"""
+
+import gc
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from bilora_diffusion import methods
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, parameters_of
+from bilora_diffusion.bases import Base
+from bilora_diffusion.batches import BatchMaker
+from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.data.dreambooth import (
+    DreamBoothDataset,
+    Picture,
+    class_pictures,
+    find_pictures,
+    pictures_of_dataset,
+)
+from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
+from bilora_diffusion.diffusion import build_objective
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.initial import copy_lora_into, read_lora
+from bilora_diffusion.optimizers import auxiliary_learning_rates, build_optimizer, learning_rates
+from bilora_diffusion.prior import make_class_pictures, missing_class_pictures
+from bilora_diffusion.prompts import EmbeddedPrompts, Prompts, TokenizedPrompts
+from bilora_diffusion.sampling import PromptEmbeddings, embed_for_sampling
+from bilora_diffusion.training import Trainer
+
+__all__ = ["Machine", "Parts", "assemble", "free_memory", "read_pictures"]
+
+logger = logging.getLogger(__name__)
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and in which precision a run computes.
+
+    Arguments:
+        dtype: of the frozen base and of the forward pass; the adapters are float32 in any case.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    processes: int
+    wait: Any  # a barrier over all processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass
+class Parts:
+    """What `assemble` built."""
+
+    base: Base
+    dataset: DreamBoothDataset
+    models: dict[str, nn.Module]
+    trainer: Trainer
+    make_batch: BatchMaker
+    method: methods.Method
+    radius: methods.Radius | None
+    resolution: int
+    tokenizers: tuple
+    sampling_scheduler: Any
+    sampling_prompts: Mapping[str, PromptEmbeddings] = field(default_factory=dict)
+    """Embeddings for pictures by prompt; empty where the text encoders are trained and run themselves."""
+
+
+def read_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
+    """The instance pictures, found and checked before anything heavy is loaded, and warnings."""
+    if config.dataset_name is not None:
+        return pictures_of_dataset(
+            config.dataset_name,
+            config_name=config.dataset_config_name,
+            cache_dir=config.cache_dir,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            instance_prompt=config.instance_prompt,
+        )
+    return find_pictures(
+        config.instance_data_dir,
+        instance_prompt=config.instance_prompt,
+        caption_column=config.caption_column,
+    )
+
+
+def assemble(
+    config: TrainingConfig,
+    machine: Machine,
+    pictures: list[Picture],
+    *,
+    seed: int,
+    steps_of: Callable[[int], int],
+    resumed: bool = False,
+) -> Parts:
+    """Builds a run.
+
+    Arguments:
+        pictures: from `read_pictures`.
+        seed: the run's, resolved.
+        steps_of: gives the number of optimiser steps from the length of the data set.
+        resumed: the adapters' values will come from a checkpoint, so --init_lora_from is not read.
+
+    Raises:
+        UserError: whatever in the configuration, the base or the pictures does not fit.
+    """
+    base = Base(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path,
+    )
+    resolution = config.resolution or base.native_resolution()
+    prior = _class_pictures(config, machine, base, resolution, seed)
+    dataset = DreamBoothDataset(
+        pictures,
+        class_pictures=prior,
+        resolution=resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        interpolation=config.image_interpolation_mode,
+        seed=seed,
+        repeats=config.repeats,
+        caption_dropout=config.caption_dropout,
+    )
+    initial = read_lora(config.init_lora_from, base) if config.init_lora_from and not resumed else None
+    text = base.load(*TEXT_ENCODERS, dtype=machine.dtype)
+    encoders = [getattr(text, part).requires_grad_(False).to(machine.device) for part in TEXT_ENCODERS]
+    tokenizers = (text.tokenizer, text.tokenizer_2)
+    objective = build_objective(text.scheduler, edm=config.do_edm_style_training, snr_gamma=config.snr_gamma)
+    models: dict[str, nn.Module] = {}
+    sampling_prompts: dict[str, PromptEmbeddings] = {}
+    prompts: Prompts
+    if config.train_text_encoder:
+        models |= dict(zip(TEXT_ENCODERS, encoders, strict=True))
+        prompts = TokenizedPrompts(dataset.prompts(), tokenizers)
+    else:
+        prompts = EmbeddedPrompts(dataset.prompts(), tokenizers, encoders)
+        for prompt in {config.validation_prompt, config.final_validation_prompt} - {None}:
+            sampling_prompts[prompt] = embed_for_sampling(text, prompt, machine.device)
+    scheduler = text.scheduler
+    del text, encoders
+    free_memory()
+    latents = _latents(config, machine, base, dataset)
+    models = {UNET: _load_unet(config, machine, base), **models}
+    for part, model in models.items():
+        add_adapter(
+            part,
+            model,
+            PRIMARY,
+            rank=config.rank,
+            scale=(config.lora_alpha or config.rank) / config.rank,
+            init="gaussian",  # as the stock script
+            seed=seed,
+            targets=config.unet_targets if part == UNET else None,
+            dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+        )
+        model.train()
+        if config.gradient_checkpointing:
+            _enable_checkpointing(part, model)
+    if initial is not None:
+        copy_lora_into(models, initial, config.init_lora_from)
+    total_batch = config.train_batch_size * config.gradient_accumulation_steps * machine.processes
+    rates = learning_rates(config, list(models), total_batch)
+    method, radius = methods.build(config, models, auxiliary_learning_rates(config, rates), seed)
+    primary = {part: list(parameters_of(model, PRIMARY).values()) for part, model in models.items()}
+    _check_parameters(models, primary, method)
+    optimizer = build_optimizer(config, primary, rates)
+    schedulers = [
+        get_scheduler(
+            config.lr_scheduler,
+            optimizer=one,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=steps_of(len(dataset)),
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+        for one in (optimizer, *method.schedulable)
+    ]
+    trainer = Trainer(
+        models,
+        objective,
+        primary,
+        optimizer,
+        method,
+        schedulers,
+        compute_dtype=machine.dtype,
+        max_grad_norm=config.max_grad_norm,
+        seed=seed,
+    )
+    make_batch = BatchMaker(
+        objective,
+        latents,
+        prompts,
+        seed=seed,
+        resolution=resolution,
+        noise_offset=config.noise_offset,
+        prior_loss_weight=config.prior_loss_weight,
+        device=machine.device,
+    )
+    return Parts(
+        base, dataset, models, trainer, make_batch, method, radius, resolution, tokenizers, scheduler, sampling_prompts
+    )
+
+
+def _class_pictures(
+    config: TrainingConfig, machine: Machine, base: Base, resolution: int, seed: int
+) -> list[Picture] | None:
+    if not config.with_prior_preservation:
+        return None
+    folder = Path(config.class_data_dir)
+    missing = missing_class_pictures(folder, config.num_class_images)
+    if missing:
+        dtype = _prior_dtype(config.prior_generation_precision, machine.device)
+        make_class_pictures(
+            folder,
+            missing,
+            lambda: base.load("unet", "vae", *TEXT_ENCODERS, dtype=dtype).to(machine.device),
+            prompt=config.class_prompt,
+            seed=seed,
+            resolution=resolution,
+            batch_size=config.sample_batch_size,
+            rank=machine.rank,
+            processes=machine.processes,
+        )
+        free_memory()
+        machine.wait()
+    pictures, warnings = class_pictures(folder, config.class_prompt, config.num_class_images)
+    if machine.is_main:
+        for warning in warnings:
+            logger.warning(warning)
+    if not pictures:
+        raise UserError(f"--class_data_dir {folder} holds no usable picture and --num_class_images is 0")
+    return pictures
+
+
+def _prior_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
+    named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    unset = torch.float32 if device.type == "cpu" else torch.float16
+    return named.get(wanted or "no", unset)
+
+
+def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: DreamBoothDataset) -> LatentSource:
+    if config.cache_latents and not dataset.cacheable:
+        raise UserError(
+            "--cache_latents: random crops are drawn anew each time, so there is nothing to keep: "
+            "add --center_crop, or leave --cache_latents out"
+        )
+    cached = dataset.cacheable if config.cache_latents is None else config.cache_latents
+    if not cached and config.cache_latents is None and machine.is_main:
+        logger.info("latents are not cached, because crops are drawn anew; --center_crop saves the VAE's memory and time")
+    vae = base.load("vae", dtype=torch.float32).vae.requires_grad_(False).to(machine.device)
+    vae.enable_slicing()
+    if not cached:
+        return EncodedLatents(dataset, vae)
+    latents = CachedLatents(dataset, vae)
+    dataset.decode = False
+    del vae
+    free_memory()
+    return latents
+
+
+def _load_unet(config: TrainingConfig, machine: Machine, base: Base) -> nn.Module:
+    unet = base.load("unet", dtype=machine.dtype).unet.requires_grad_(False).to(machine.device)
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError) as error:
+            raise UserError(
+                "--enable_xformers_memory_efficient_attention: xFormers is not usable here "
+                f"({str(error).splitlines()[0]}); leave the flag out, PyTorch's own attention is as good"
+            ) from None
+    return unet
+
+
+def _enable_checkpointing(part: str, model: nn.Module) -> None:
+    if part == UNET:
+        model.enable_gradient_checkpointing()
+    else:
+        # The reentrant kind needs an input that requires a gradient, which token ids are not.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _check_parameters(
+    models: Mapping[str, nn.Module], primary: Mapping[str, list[nn.Parameter]], method: methods.Method
+) -> None:
+    """Every trainable parameter belongs to exactly one of the two adapters, in float32, and none of the base does."""
+    ours = [id(parameter) for part in primary.values() for parameter in part]
+    theirs = [id(parameter) for model in models.values() for parameter in parameters_of(model, AUXILIARY).values()]
+    trainable = {id(p): p for model in models.values() for p in model.parameters() if p.requires_grad}
+    if len({*ours, *theirs}) != len(ours) + len(theirs) or {*ours, *theirs} != set(trainable):
+        raise RuntimeError("the adapters' parameters are not exactly the trainable ones")
+    if {id(parameter) for parameter in method.parameters} - set(theirs):
+        raise RuntimeError("the method trains parameters that are not the auxiliary's")
+    if any(parameter.dtype != torch.float32 for parameter in trainable.values()):
+        raise RuntimeError("an adapter is not float32")
+
+
+def free_memory() -> None:
+    """Gives back what nothing refers to any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def steps_in_epoch(length: int, batch_size: int, processes: int, accumulation: int) -> int:
+    """Optimiser steps until every picture was seen, rounded up as the stock script rounds."""
+    return math.ceil(math.ceil(math.ceil(length / batch_size) / processes) / accumulation)

@@ -1,0 +1,200 @@
+"""Checkpoints: whole or not there at all, and each with a LoRA file that can be used as it is.
+
+    checkpoint-N/pytorch_lora_weights.safetensors   the primary, float32: loads in diffusers, and is resumed from
+    checkpoint-N/auxiliary.safetensors              the auxiliary, where the method has one
+    checkpoint-N/training_state.pt                  optimisers, schedules, loss scale, the method's counters
+    checkpoint-N/checkpoint.json                    step, draws, what the run was, its losses so far
+
+A checkpoint is written into a folder of another name and renamed when it is complete; rotation renames before it
+deletes. So a kill at any moment leaves no half checkpoint under the name that `latest` looks for.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, parameters_of
+from bilora_diffusion.atomic import write_bytes_atomically, write_text_atomically
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import DIFFUSERS_FILE, portable_name
+
+__all__ = [
+    "Checkpoint",
+    "find_checkpoint",
+    "load_checkpoint",
+    "remove_leftovers",
+    "restore_adapters",
+    "save_checkpoint",
+]
+
+AUXILIARY_FILE = "auxiliary.safetensors"
+STATE_FILE = "training_state.pt"
+FACTS_FILE = "checkpoint.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds beside the primary.
+
+    Arguments:
+        identity: the flags that a resumed run must share, by name.
+        progress: the run so far: step, draws, losses and so on; JSON values.
+        state: `Trainer.state_dict()`.
+        auxiliary: the auxiliary's factors by name; empty where the method has none.
+    """
+
+    identity: Mapping[str, Any]
+    progress: Mapping[str, Any]
+    state: Mapping[str, Any]
+    auxiliary: Mapping[str, Tensor]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_lora, limit: int | None) -> Path:
+    """Writes `checkpoint-N`, N from its progress, then deletes the oldest above the limit.
+
+    Arguments:
+        folder: the run's output folder.
+        write_lora: called with the folder to put the primary's LoRA file in.
+        limit: how many to keep (--checkpoints_total_limit), None = all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; checkpoints that were there are as they were.
+    """
+    target = folder / f"checkpoint-{checkpoint.progress['step']}"
+    unfinished = folder / f".unfinished-{target.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        write_lora(unfinished)
+        if checkpoint.auxiliary:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.auxiliary.items()}
+            write_bytes_atomically(unfinished / AUXILIARY_FILE, save(tensors))
+        buffer = io.BytesIO()  # torch reports a full disk as a RuntimeError of its own; Python's files do not
+        torch.save(dict(checkpoint.state), buffer)
+        write_bytes_atomically(unfinished / STATE_FILE, buffer.getvalue())
+        facts = {"identity": dict(checkpoint.identity), "progress": dict(checkpoint.progress)}
+        write_text_atomically(unfinished / FACTS_FILE, json.dumps(facts))
+        _remove(target)
+        os.rename(unfinished, target)
+    except OSError as error:
+        raise UserError(f"{target} was not written: {error.strerror}; earlier checkpoints are whole") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if limit is not None:
+        for _, path in sorted(_checkpoints(folder))[:-limit]:
+            _remove(path)
+    return target
+
+
+def _remove(path: Path) -> None:
+    """Takes a checkpoint's name away first: a kill while its files go must not leave a half one."""
+    if path.exists():
+        doomed = path.with_name(f".unfinished-removal-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    return [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed run left unfinished."""
+    for path in folder.glob(".unfinished-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means: a name in the output folder, a path, or `latest`.
+
+    Returns:
+        None if `latest` was asked for and there is none.
+
+    Raises:
+        UserError: the one that was named is not there.
+    """
+    found = sorted(_checkpoints(folder)) if folder.is_dir() else []
+    if wanted == "latest":
+        return found[-1][1] if found else None
+    for path in (folder / Path(wanted).name, Path(wanted)):
+        if (path / FACTS_FILE).is_file():
+            return path
+    there = ", ".join(path.name for _, path in found) or "none"
+    raise UserError(f"--resume_from_checkpoint {wanted}: no such checkpoint; in {folder} there is: {there}")
+
+
+def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
+    """Reads a checkpoint back.
+
+    Arguments:
+        identity: this run's; each value must be the checkpoint's.
+
+    Raises:
+        UserError: it is of another method, rank or the like, or a file of it is missing or damaged.
+    """
+    try:
+        facts = json.loads((path / FACTS_FILE).read_text())
+        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        auxiliary = load_file(path / AUXILIARY_FILE) if (path / AUXILIARY_FILE).exists() else {}
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        raise UserError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]}); resume from another") from None
+    for flag, value in identity.items():
+        saved = facts["identity"].get(flag)
+        if saved != value:
+            raise UserError(
+                f"{path} was made with --{flag} {_shown(saved)}, this run has {_shown(value)}: "
+                f"give --{flag} {_shown(saved)} or start a new run in another --output_dir"
+            )
+    return Checkpoint(facts["identity"], facts["progress"], state, auxiliary)
+
+
+@torch.no_grad()
+def restore_adapters(path: Path, checkpoint: Checkpoint, models: Mapping[str, nn.Module]) -> None:
+    """Puts both adapters' values back, bit by bit.
+
+    Raises:
+        UserError: the files hold other tensors than this run trains.
+    """
+    primary = {
+        f"{part}.{portable_name(part, name)}": parameter
+        for part, model in models.items()
+        for name, parameter in parameters_of(model, PRIMARY).items()
+    }
+    auxiliary = {
+        f"{part}.{name}": parameter
+        for part, model in models.items()
+        for name, parameter in parameters_of(model, AUXILIARY).items()
+    }
+    saved = {name.removesuffix(".weight"): tensor for name, tensor in load_file(path / DIFFUSERS_FILE).items()}
+    for parameters, tensors in (
+        ({name.removesuffix(".weight"): p for name, p in primary.items()}, saved),
+        (auxiliary, checkpoint.auxiliary),
+    ):
+        wrong = set(parameters) ^ set(tensors) or {
+            name for name, parameter in parameters.items() if parameter.shape != tensors[name].shape
+        }
+        if wrong:
+            raise UserError(f"{path} holds other layers than this run trains, for one {min(wrong)}: resume from another")
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)

@@ -1,0 +1,829 @@
+"""Everything a run can be told: one flat dataclass whose field names are the flag names.
+
+The command line, the YAML files, `--help` and `docs/flags.md` are all made from `TrainingConfig`, so a flag
+is written once. This module imports neither torch nor diffusers: `--help` and a refusal must answer at once.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import reprlib
+import types
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from bilora_diffusion.errors import UserError
+
+__all__ = [
+    "FLAGS",
+    "GROUPS",
+    "METHOD_NAMES",
+    "RIVALS",
+    "Flag",
+    "Range",
+    "TrainingConfig",
+    "as_dict",
+    "checked",
+    "nearest",
+    "show",
+    "to_yaml",
+]
+
+METHOD_NAMES = ("bilora", "lora")
+
+# Two ways to say one thing: never both. On the command line one of them displaces the other of the YAML file.
+RIVALS = (("rho", "rho_relative"), ("dataset_name", "instance_data_dir"))
+
+METHOD = "Method"
+BASE = "Base model"
+DATA = "Data"
+PRIOR = "Prior preservation"
+TRAINING = "Training"
+OPTIMISER = "Learning rate and optimiser"
+PREVIEWS = "Previews"
+CHECKPOINTS = "Checkpoints"
+OUTPUT = "Output"
+LOGGING = "Logging and hub"
+MACHINE = "Machine"
+GROUPS = (METHOD, BASE, DATA, PRIOR, TRAINING, OPTIMISER, PREVIEWS, CHECKPOINTS, OUTPUT, LOGGING, MACHINE)
+
+Origin = Literal["stock", "diffusers", "bilora"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of finite numbers, its ends counted unless `open_*`; as text, what messages say."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    multiple_of: int = 1
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        below = number < self.high if self.open_high else number <= self.high
+        whole = self.multiple_of == 1 or number % self.multiple_of == 0
+        return above and below and whole and abs(number) < math.inf
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            text = f"{'>' if self.open_low else '>='} {self.low:g}"
+        else:
+            ends = f"{'(' if self.open_low else '['}", f"{')' if self.open_high else ']'}"
+            text = f"in {ends[0]}{self.low:.12g}, {self.high:.12g}{ends[1]}"
+        return text if self.multiple_of == 1 else f"{text} and a multiple of {self.multiple_of}"
+
+
+POSITIVE = Range(0, open_low=True)
+NOT_NEGATIVE = Range(0)
+AT_LEAST_ONE = Range(1)
+FRACTION = Range(0, 1)
+BELOW_ONE = Range(0, 1, open_high=True)
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    within: Range | None = None,
+    choices: tuple[str, ...] = (),
+    origin: Origin = "stock",
+    departure: str = "",
+    may_be_empty: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    Arguments:
+        default: the value when neither command line nor file says one; `dataclasses.MISSING`: required.
+        help: one line: the meaning, the unit, and what "unset" does.
+        group: the heading in `--help`, one of `GROUPS`.
+        within: the numbers allowed.
+        choices: the words allowed, where the annotation is not a `Literal` that says them.
+        origin: who named it: the stock SDXL DreamBooth LoRA script, newer diffusers scripts, or this project.
+        departure: for a stock flag, in what it differs from the stock script.
+        may_be_empty: whether an empty text means something (it does for a prompt).
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "within": within,
+        "choices": choices,
+        "origin": origin,
+        "departure": departure,
+        "may_be_empty": may_be_empty,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """One run. Making one checks it: `UserError` for a wrong type, a number out of range, a contradiction.
+
+    `None` means "unset"; each field says what then holds. Whoever resolves such a value (a drawn seed, the
+    base's resolution) makes a new configuration with `dataclasses.replace`, which checks again.
+    """
+
+    # --- Method ---
+    method: str = flag(
+        "bilora",
+        "bilora = a LoRA that descends beside an auxiliary adapter that ascends; lora = plain LoRA",
+        group=METHOD,
+        choices=METHOD_NAMES,
+        origin="bilora",
+    )
+    rank: int = flag(4, "rank of the LoRA update matrices", group=METHOD, within=AT_LEAST_ONE)
+    lora_alpha: float | None = flag(
+        None,
+        "the update is scaled by alpha / rank; unset: the rank, so the scale is 1",
+        group=METHOD,
+        within=POSITIVE,
+        origin="diffusers",
+    )
+    lora_layers: str | None = flag(
+        None,
+        "names of the UNet's modules to adapt, comma separated; unset: to_q,to_k,to_v,to_out.0",
+        group=METHOD,
+        origin="diffusers",
+    )
+    lora_dropout: float = flag(
+        0.0, "probability that an input of the primary adapter is dropped", group=METHOD, within=BELOW_ONE
+    )
+    use_dora: bool = flag(
+        False,
+        "train a DoRA (arXiv 2402.09353): direction and magnitude apart; UNet only",
+        group=METHOD,
+        departure="refused together with --train_text_encoder: a DoRA on the text encoders does not survive "
+        "a reload through diffusers",
+    )
+    train_text_encoder: bool = flag(
+        False, "train LoRAs on both text encoders too (q_proj, k_proj, v_proj, out_proj)", group=METHOD
+    )
+    rho: float | None = flag(
+        None,
+        "radius of the ball that holds the perturbation: ||s B2 A2||_F over all layers together; "
+        "0 = plain LoRA; unset: the method's default",
+        group=METHOD,
+        within=NOT_NEGATIVE,
+        origin="bilora",
+    )
+    rho_relative: float | None = flag(
+        None,
+        "the same radius as a share of the adapted weights' Frobenius norm, in place of --rho",
+        group=METHOD,
+        within=NOT_NEGATIVE,
+        origin="bilora",
+    )
+    auxiliary_rank: int | None = flag(
+        None,
+        "rank of the auxiliary adapter; unset: that of --rank",
+        group=METHOD,
+        within=AT_LEAST_ONE,
+        origin="bilora",
+    )
+    auxiliary_init: Literal["kaiming", "gaussian"] = flag(
+        "kaiming",
+        "how the auxiliary's A begins: kaiming = uniform, standard deviation 1 / sqrt(3 inputs), as peft; "
+        "gaussian = standard deviation 1 / rank",
+        group=METHOD,
+        origin="bilora",
+    )
+    ascent: Literal["adamw", "sgd", "normalized"] = flag(
+        "adamw",
+        "the auxiliary's step: AdamW or SGD on the sign-flipped gradients, or a step of fixed length",
+        group=METHOD,
+        origin="bilora",
+    )
+    ascent_fraction: float = flag(
+        0.1,
+        "share of rho that one normalized step moves ||s B2 A2||_F",
+        group=METHOD,
+        within=Range(0, 1, open_low=True),
+        origin="bilora",
+    )
+    auxiliary_learning_rate: float | None = flag(
+        None,
+        "learning rate of the adamw and sgd ascent; unset: that of the part it sits in (UNet or text "
+        "encoders), on the same schedule; must be set with Prodigy",
+        group=METHOD,
+        within=NOT_NEGATIVE,
+        origin="bilora",
+    )
+    auxiliary_weight_decay: float = flag(
+        0.0, "weight decay of the adamw and sgd ascent", group=METHOD, within=NOT_NEGATIVE, origin="bilora"
+    )
+    loss_gap_steps: int | None = flag(
+        None,
+        "every how many optimiser steps the loss gap L(perturbed) - L(clean) is measured; 0 = never; "
+        "unset: about ten times a run, every 50 steps at most",
+        group=METHOD,
+        within=NOT_NEGATIVE,
+        origin="bilora",
+    )
+
+    # --- Base model ---
+    pretrained_model_name_or_path: str = flag(
+        dataclasses.MISSING,
+        "the SDXL base: a hub id, a folder in diffusers' layout, one .safetensors checkpoint, or tiny-random",
+        group=BASE,
+    )
+    pretrained_vae_model_name_or_path: str | None = flag(
+        None,
+        "another VAE (hub id or folder), such as one that is stable in fp16; unset: the base's",
+        group=BASE,
+    )
+    revision: str | None = flag(None, "revision of the base on the hub (branch, tag or commit)", group=BASE)
+    variant: str | None = flag(None, "which weight files of the base, such as fp16", group=BASE)
+    cache_dir: str | None = flag(
+        None, "where downloaded models and data sets are kept; unset: the hub's own cache", group=BASE
+    )
+    init_lora_from: str | None = flag(
+        None,
+        "begin with this LoRA file (or folder), not with an update of zero; ignored by a resumed run",
+        group=BASE,
+        origin="bilora",
+    )
+
+    # --- Data ---
+    instance_data_dir: str | None = flag(
+        None,
+        "folder with the pictures to learn (and metadata.jsonl or .txt captions); or --dataset_name",
+        group=DATA,
+    )
+    dataset_name: str | None = flag(
+        None,
+        "data set of the pictures to learn: a hub id or a local path; or --instance_data_dir",
+        group=DATA,
+    )
+    dataset_config_name: str | None = flag(
+        None, "configuration of --dataset_name, if it has several", group=DATA
+    )
+    image_column: str = flag("image", "column of --dataset_name that holds the picture", group=DATA)
+    caption_column: str | None = flag(
+        None, "column of the data set, or key in metadata.jsonl, that holds the caption", group=DATA
+    )
+    instance_prompt: str | None = flag(
+        None,
+        "prompt that names the subject, such as 'a photo of sks dog', for pictures without a caption",
+        group=DATA,
+        departure="may be left out when every picture has a caption (required there)",
+        may_be_empty=True,
+    )
+    repeats: int = flag(1, "how often each picture counts in an epoch", group=DATA, within=AT_LEAST_ONE)
+    resolution: int | None = flag(
+        None,
+        "side of the square training crop in pixels; unset: the base's own, 1024 for SDXL",
+        group=DATA,
+        within=Range(16, multiple_of=8),
+        departure="unset means the base's own, 1024 for SDXL (1024 there, whatever the base)",
+    )
+    center_crop: bool = flag(
+        False, "crop the middle; off: a place drawn anew each time the picture is seen", group=DATA
+    )
+    random_flip: bool = flag(False, "mirror left-right at random, drawn anew each time", group=DATA)
+    image_interpolation_mode: Literal[
+        "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
+    ] = flag("lanczos", "filter that resizes the pictures", group=DATA)
+    caption_dropout: float = flag(
+        0.0,
+        "probability that a caption is replaced by the empty one",
+        group=DATA,
+        within=FRACTION,
+        origin="diffusers",
+    )
+    cache_latents: bool | None = flag(
+        None,
+        "encode each picture once and free the VAE; unset: on where the augmentation allows it",
+        group=DATA,
+        origin="diffusers",
+    )
+    dataloader_num_workers: int = flag(
+        0, "processes that read pictures; 0 = the main process", group=DATA, within=NOT_NEGATIVE
+    )
+
+    # --- Prior preservation ---
+    with_prior_preservation: bool = flag(
+        False, "train on pictures of the class too, so that it is not forgotten", group=PRIOR
+    )
+    class_data_dir: str | None = flag(
+        None, "folder with the class pictures; missing ones are generated into it", group=PRIOR
+    )
+    class_prompt: str | None = flag(
+        None, "prompt of the class pictures, such as 'a photo of a dog'", group=PRIOR, may_be_empty=True
+    )
+    prior_loss_weight: float = flag(
+        1.0, "weight of the class pictures' loss beside the instance's 1", group=PRIOR, within=NOT_NEGATIVE
+    )
+    num_class_images: int = flag(
+        100, "how many class pictures there must be; the rest is generated", group=PRIOR, within=AT_LEAST_ONE
+    )
+    sample_batch_size: int = flag(
+        4, "class pictures generated at once, for each process", group=PRIOR, within=AT_LEAST_ONE
+    )
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = flag(
+        None,
+        "precision in which class pictures are generated; unset or no: fp16 on an accelerator, fp32 on a CPU",
+        group=PRIOR,
+    )
+
+    # --- Training ---
+    num_train_epochs: int = flag(
+        1, "passes over the data, unless --max_train_steps is set", group=TRAINING, within=AT_LEAST_ONE
+    )
+    max_train_steps: int | None = flag(
+        None,
+        "optimiser steps in all; set, it overrides --num_train_epochs",
+        group=TRAINING,
+        within=AT_LEAST_ONE,
+    )
+    train_batch_size: int = flag(
+        4, "instance pictures in a micro-batch, for each process", group=TRAINING, within=AT_LEAST_ONE
+    )
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches in an optimiser step", group=TRAINING, within=AT_LEAST_ONE
+    )
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, slower", group=TRAINING
+    )
+    seed: int | None = flag(
+        None,
+        "seed of the run's every random number; unset: one is drawn and recorded",
+        group=TRAINING,
+        within=Range(0, 2**32 - 1),
+        departure="unset, a seed is drawn and recorded, so that any run can be repeated",
+    )
+    noise_offset: float = flag(
+        0.0,
+        "standard deviation of a constant added to each channel's noise; 0 = off, 0.05 to 0.1 is usual",
+        group=TRAINING,
+        within=NOT_NEGATIVE,
+        origin="diffusers",
+    )
+    snr_gamma: float | None = flag(
+        None,
+        "min-SNR weight of the loss (arXiv 2303.09556), 5 is usual; unset: every timestep counts the same",
+        group=TRAINING,
+        within=POSITIVE,
+    )
+    do_edm_style_training: bool = flag(
+        False, "train in the EDM formulation (arXiv 2206.00364)", group=TRAINING
+    )
+    max_grad_norm: float = flag(
+        1.0,
+        "the primary's gradient is scaled down to this norm; the auxiliary's does not count",
+        group=TRAINING,
+        within=POSITIVE,
+    )
+    max_bad_steps: int = flag(
+        25,
+        "so many non-finite losses in a row stop the run; a single one only skips its step",
+        group=TRAINING,
+        within=AT_LEAST_ONE,
+        origin="bilora",
+    )
+
+    # --- Learning rate and optimiser ---
+    learning_rate: float = flag(
+        1e-4, "peak learning rate (about 1 with Prodigy)", group=OPTIMISER, within=NOT_NEGATIVE
+    )
+    text_encoder_lr: float = flag(
+        5e-6,
+        "peak learning rate of the text encoders; with Prodigy --learning_rate is used for them too",
+        group=OPTIMISER,
+        within=NOT_NEGATIVE,
+        departure="0 means 0 (there it means --learning_rate)",
+    )
+    scale_lr: bool = flag(
+        False, "multiply --learning_rate by processes, accumulation and batch size", group=OPTIMISER
+    )
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("constant", "course of the learning rate", group=OPTIMISER)
+    lr_warmup_steps: int = flag(
+        500,
+        "optimiser steps in which the learning rate climbs to its peak; ignored by constant",
+        group=OPTIMISER,
+        within=NOT_NEGATIVE,
+    )
+    lr_num_cycles: int = flag(1, "cycles of cosine_with_restarts", group=OPTIMISER, within=AT_LEAST_ONE)
+    lr_power: float = flag(1.0, "exponent of polynomial", group=OPTIMISER, within=POSITIVE)
+    optimizer: str = flag(
+        "AdamW",
+        "optimiser of the primary adapter",
+        group=OPTIMISER,
+        choices=("AdamW", "prodigy"),
+        departure="an unknown name is refused (there AdamW is taken silently)",
+    )
+    use_8bit_adam: bool = flag(
+        False,
+        "8-bit AdamW of bitsandbytes",
+        group=OPTIMISER,
+        departure="refused with Prodigy (ignored there)",
+    )
+    adam_beta1: float = flag(0.9, "beta1 of AdamW and Prodigy", group=OPTIMISER, within=BELOW_ONE)
+    adam_beta2: float = flag(0.999, "beta2 of AdamW and Prodigy", group=OPTIMISER, within=BELOW_ONE)
+    adam_weight_decay: float = flag(
+        1e-4, "weight decay of the UNet's LoRA", group=OPTIMISER, within=NOT_NEGATIVE
+    )
+    adam_weight_decay_text_encoder: float = flag(
+        1e-3, "weight decay of the text encoders' LoRA", group=OPTIMISER, within=NOT_NEGATIVE
+    )
+    adam_epsilon: float = flag(1e-8, "epsilon of AdamW and Prodigy", group=OPTIMISER, within=POSITIVE)
+    prodigy_beta3: float | None = flag(
+        None,
+        "decay of the running averages in Prodigy's step size; unset: sqrt(beta2)",
+        group=OPTIMISER,
+        within=BELOW_ONE,
+    )
+    prodigy_decouple: bool = flag(
+        True,
+        "decoupled weight decay in Prodigy, as in AdamW",
+        group=OPTIMISER,
+        departure="`--prodigy_decouple False` is false (true there)",
+    )
+    prodigy_use_bias_correction: bool = flag(
+        True,
+        "Adam's bias correction in Prodigy",
+        group=OPTIMISER,
+        departure="`--prodigy_use_bias_correction False` is false (true there)",
+    )
+    prodigy_safeguard_warmup: bool = flag(
+        True,
+        "keep the warm-up's learning rate out of Prodigy's estimate of the distance",
+        group=OPTIMISER,
+        departure="`--prodigy_safeguard_warmup False` is false (true there)",
+    )
+
+    # --- Previews ---
+    validation_prompt: str | None = flag(
+        None, "prompt of the previews; unset: no previews", group=PREVIEWS, may_be_empty=True
+    )
+    num_validation_images: int = flag(4, "pictures in a preview", group=PREVIEWS, within=AT_LEAST_ONE)
+    validation_epochs: int = flag(
+        50,
+        "a preview every so many epochs, unless --validation_steps is set",
+        group=PREVIEWS,
+        within=AT_LEAST_ONE,
+    )
+    validation_steps: int | None = flag(
+        None,
+        "a preview every so many optimiser steps, in place of --validation_epochs",
+        group=PREVIEWS,
+        within=AT_LEAST_ONE,
+        origin="diffusers",
+    )
+    final_validation_prompt: str | None = flag(
+        None,
+        "prompt of the pictures made at the end; unset: --validation_prompt",
+        group=PREVIEWS,
+        origin="diffusers",
+        may_be_empty=True,
+    )
+    skip_final_inference: bool = flag(
+        False, "make no pictures at the end", group=PREVIEWS, origin="diffusers"
+    )
+
+    # --- Checkpoints ---
+    checkpointing_steps: int = flag(
+        500, "a checkpoint every so many optimiser steps", group=CHECKPOINTS, within=AT_LEAST_ONE
+    )
+    checkpoints_total_limit: int | None = flag(
+        None, "checkpoints kept, the newest ones; unset: all", group=CHECKPOINTS, within=AT_LEAST_ONE
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "continue from this checkpoint folder, or from the newest: latest", group=CHECKPOINTS
+    )
+
+    # --- Output ---
+    output_dir: str = flag(
+        "lora-dreambooth-model", "folder that gets everything the run writes", group=OUTPUT
+    )
+    overwrite_output_dir: bool = flag(
+        False,
+        "allow an --output_dir that holds another run; nothing is overwritten by a resumed run",
+        group=OUTPUT,
+        origin="bilora",
+    )
+    output_kohya_format: bool = flag(
+        True,
+        "write the LoRA in Kohya's format too, the one ComfyUI and A1111 read",
+        group=OUTPUT,
+        departure="on (off there)",
+    )
+    upcast_before_saving: bool = flag(
+        True,
+        "write the LoRA in float32, as the stock SDXL script does; off: in --mixed_precision, half the size",
+        group=OUTPUT,
+        origin="diffusers",
+    )
+
+    # --- Logging and hub ---
+    report_to: str = flag(
+        "tensorboard",
+        "where the curves go; all = every tracker installed, none = only metrics.jsonl",
+        group=LOGGING,
+        choices=(
+            "tensorboard",
+            "wandb",
+            "trackio",
+            "comet_ml",
+            "aim",
+            "mlflow",
+            "clearml",
+            "dvclive",
+            "swanlab",
+            "all",
+            "none",
+        ),
+        departure="none is understood too",
+    )
+    logging_dir: str = flag("logs", "folder of the tracker's files, inside --output_dir", group=LOGGING)
+    push_to_hub: bool = flag(False, "upload the result to the model hub", group=LOGGING)
+    hub_model_id: str | None = flag(
+        None, "repository to upload to; unset: the name of --output_dir", group=LOGGING
+    )
+    hub_token: str | None = flag(
+        None,
+        "token for the upload, never saved; better: log in once with the hub's own command",
+        group=LOGGING,
+    )
+
+    # --- Machine ---
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None,
+        "precision of the frozen base and the arithmetic, never of the adapters; unset: accelerate's setting",
+        group=MACHINE,
+        departure="the adapters are float32 at every setting",
+    )
+    allow_tf32: bool = flag(False, "allow TF32 matrix products: faster on Ampere and newer", group=MACHINE)
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "attention of xFormers in place of PyTorch's own", group=MACHINE
+    )
+    local_rank: int = flag(
+        -1, "set by old launchers, not used: accelerate knows the rank", group=MACHINE, within=Range(-1)
+    )
+
+    def __post_init__(self) -> None:
+        for one in FLAGS.values():
+            setattr(self, one.name, checked(one, getattr(self, one.name)))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises `UserError` for flags that contradict each other; types and ranges were checked before."""
+        for check in (
+            self._validate_data,
+            self._validate_method,
+            self._validate_optimiser,
+            self._validate_rest,
+        ):
+            check()
+
+    def _validate_data(self) -> None:
+        if self.dataset_name is None and self.instance_data_dir is None:
+            raise UserError("no pictures to learn: give --instance_data_dir FOLDER or --dataset_name NAME")
+        if self.dataset_name is not None and self.instance_data_dir is not None:
+            raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
+        if self.with_prior_preservation:
+            for name in ("class_data_dir", "class_prompt"):
+                if getattr(self, name) is None:
+                    raise UserError(f"--with_prior_preservation needs --{name}: set it, or leave both out")
+        # What is written into the folder of pictures would be learnt as the subject next time.
+        for name in ("class_data_dir", "output_dir"):
+            if self.instance_data_dir is not None and _same_folder(
+                getattr(self, name), self.instance_data_dir
+            ):
+                raise UserError(
+                    f"--{name} is the folder of --instance_data_dir, {show(self.instance_data_dir)}: "
+                    "give it its own"
+                )
+
+    def _validate_method(self) -> None:
+        if self.rho is not None and self.rho_relative is not None:
+            raise UserError(
+                "--rho and --rho_relative are both set: they are one radius, give only one of them"
+            )
+        if self.lora_layers is not None and not all(name.strip() for name in self.lora_layers.split(",")):
+            raise UserError(
+                f"--lora_layers is {show(self.lora_layers)}: it must be module names with a comma between "
+                "two, such as to_q,to_v"
+            )
+        if self.use_dora and self.train_text_encoder:
+            raise UserError(
+                "--use_dora and --train_text_encoder exclude each other: diffusers loses the magnitudes of a "
+                "DoRA on the text encoders when the file is loaded again; leave one of them out"
+            )
+
+    def _validate_optimiser(self) -> None:
+        if self.optimizer != "prodigy":
+            return
+        if self.use_8bit_adam:
+            raise UserError(
+                "--use_8bit_adam works only with --optimizer AdamW, not with prodigy: leave it out"
+            )
+        needs_rate = self.method == "bilora" and self.ascent in ("adamw", "sgd")
+        if needs_rate and self.auxiliary_learning_rate is None:
+            raise UserError(
+                f"--optimizer prodigy with --ascent {self.ascent} needs --auxiliary_learning_rate, as "
+                "Prodigy's own rate suits no other optimiser: set it (1e-4, say), or use --ascent normalized"
+            )
+
+    def _validate_rest(self) -> None:
+        if self.do_edm_style_training and self.snr_gamma is not None:
+            raise UserError(
+                "--snr_gamma cannot be used with --do_edm_style_training, which has its own weights"
+            )
+        if self.report_to == "wandb" and self.hub_token is not None:
+            raise UserError(
+                "--report_to wandb and --hub_token exclude each other, as the token could reach the tracker: "
+                "leave the token out and log in with the hub's own command"
+            )
+
+    @property
+    def unet_targets(self) -> list[str] | None:
+        """--lora_layers as a list; None for the attention projections."""
+        return None if self.lora_layers is None else [name.strip() for name in self.lora_layers.split(",")]
+
+    def warnings(self) -> list[str]:
+        """What is allowed but hardly meant, one line each, to be shown once by the main process."""
+        return [text for applies, text in self._remarks() if applies]
+
+    def _remarks(self) -> list[tuple[bool, str]]:
+        prodigy = self.optimizer == "prodigy"
+        bilora = self.method == "bilora"
+        steps = self.max_train_steps
+        no_warmup = self.lr_scheduler == "constant"
+        no_prompt = self.validation_prompt is None
+        return [
+            (
+                self.class_data_dir is not None and not self.with_prior_preservation,
+                "--class_data_dir has no effect without --with_prior_preservation",
+            ),
+            (
+                self.class_prompt is not None and not self.with_prior_preservation,
+                "--class_prompt has no effect without --with_prior_preservation",
+            ),
+            (
+                prodigy and self.learning_rate <= 0.1,
+                f"--learning_rate {self.learning_rate:g} is low for Prodigy, which wants about 1",
+            ),
+            (
+                prodigy and self.train_text_encoder,
+                f"--text_encoder_lr {self.text_encoder_lr:g} has no effect with Prodigy: --learning_rate "
+                f"{self.learning_rate:g} holds for the text encoders too",
+            ),
+            (
+                bilora and 0 in (self.rho, self.rho_relative),
+                "the radius is 0: this run is plain LoRA, without a perturbation",
+            ),
+            (
+                bilora and self.ascent == "normalized" and self.auxiliary_learning_rate is not None,
+                "--auxiliary_learning_rate has no effect with --ascent normalized; --ascent_fraction has",
+            ),
+            (
+                not no_warmup and steps is not None and self.lr_warmup_steps >= steps,
+                f"--lr_warmup_steps {self.lr_warmup_steps} is not below --max_train_steps {steps}: the "
+                "learning rate never reaches its peak",
+            ),
+            (
+                no_prompt and self.validation_steps is not None,
+                "--validation_steps has no effect without --validation_prompt",
+            ),
+            (
+                self.dataset_config_name is not None and self.dataset_name is None,
+                "--dataset_config_name has no effect without --dataset_name",
+            ),
+            (
+                self.overwrite_output_dir and self.resume_from_checkpoint is not None,
+                "--overwrite_output_dir has no effect on a resumed run: it continues what is there",
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One field of `TrainingConfig`, as the command line, the files and the docs need it."""
+
+    name: str
+    kind: type  # bool, int, float or str
+    optional: bool  # whether it may be None
+    default: Any  # dataclasses.MISSING: required
+    help: str
+    group: str
+    within: Range | None
+    choices: tuple[str, ...]
+    origin: Origin
+    departure: str
+    may_be_empty: bool
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def allowed(self) -> str:
+        """What a value must be, as a message ends: "an integer >= 1"."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        noun = {bool: "true or false", int: "an integer", float: "a number", str: "text"}[self.kind]
+        return f"{noun} {self.within}" if self.within else noun
+
+
+def _flag_of(field: dataclasses.Field) -> Flag:
+    """Reads `X`, `X | None`, `Literal[...]` or `Literal[...] | None` off the annotation."""
+    kind: Any = field.type
+    optional = get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+    if optional:
+        (kind,) = (one for one in get_args(kind) if one is not type(None))
+    metadata = dict(field.metadata)
+    if get_origin(kind) is Literal:
+        kind, metadata["choices"] = str, get_args(kind)
+    return Flag(name=field.name, kind=kind, optional=optional, default=field.default, **metadata)
+
+
+FLAGS: dict[str, Flag] = {field.name: _flag_of(field) for field in dataclasses.fields(TrainingConfig)}
+
+
+def checked(flag: Flag, value: Any, label: str | None = None) -> Any:
+    """The value in the field's type, or a `UserError` of one line.
+
+    An integer is taken for a float, and so is the text of a number, as YAML reads `1e-3` as text. Words are
+    matched whatever their case. A path object becomes text. Nothing else is converted: `3.0` is no integer, 1
+    is no bool.
+
+    Arguments:
+        label: how the message names the value; unset: the flag.
+    """
+    label = label or f"--{flag.name}"
+    if value is None and flag.optional:
+        return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is False and "no" in flag.choices:
+        value = "no"  # `mixed_precision: no` is a bool in YAML
+    if flag.kind is float:
+        value = _as_float(value)
+    is_kind = isinstance(value, flag.kind) and (flag.kind is bool or not isinstance(value, bool))
+    if is_kind and flag.choices:
+        return _choice(flag, value, label)
+    if not is_kind or (flag.within is not None and value not in flag.within):
+        quotes = flag.kind is str and value is not None and not flag.choices
+        hint = "; put it in quotes" if quotes else "; leave it out for the default" if value is None else ""
+        raise UserError(f"{label} is {show(value)}: it must be {flag.allowed}{hint}")
+    if value == "" and flag.kind is str and not flag.may_be_empty:
+        raise UserError(f"{label} is empty: give it a value or leave it out")
+    return value
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return value
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
+def _choice(flag: Flag, value: str, label: str) -> str:
+    for choice in flag.choices:
+        if choice.lower() == value.lower():
+            return choice
+    guess = nearest(value, flag.choices)
+    hint = f"; did you mean {guess}?" if guess else ""
+    raise UserError(f"{label} is {show(value)}: it must be {flag.allowed}{hint}")
+
+
+def nearest(word: str, names: Any) -> str | None:
+    """The name most like `word`, dashes and case aside, or None if none is near."""
+    plain = {re.sub(r"[-_ ]+", "_", name.lower()): name for name in names}
+    matches = difflib.get_close_matches(re.sub(r"[-_ ]+", "_", word.lower()), plain, n=1, cutoff=0.6)
+    return plain[matches[0]] if matches else None
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def show(value: Any) -> str:
+    """The value for a message: on one line, and not long."""
+    return " ".join(_SHORT.repr(value).split()) if value is not None else "null"
+
+
+def _same_folder(one: str | None, other: str) -> bool:
+    return one is not None and os.path.realpath(one) == os.path.realpath(other)
+
+
+def as_dict(config: TrainingConfig) -> dict[str, bool | int | float | str | None]:
+    """Every field but `hub_token`, which is saved nowhere."""
+    values = dataclasses.asdict(config)
+    del values["hub_token"]
+    return values
+
+
+def to_yaml(config: TrainingConfig) -> str:
+    """A file for `--config` that gives this configuration again (without `hub_token`)."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=math.inf)

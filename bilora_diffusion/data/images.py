@@ -1,0 +1,250 @@
+"""1-> One file to pixels: upright RGB, resized, perhaps mirrored, cropped, in [-1, 1].
+
+SDXL is told how each picture was cut (micro-conditioning), so this module returns, beside the pixels, the
+size the picture had before resizing and the corner of the crop. Where a picture is cut (`draw_view`) is kept
+apart from the pixels (`render`): with cached latents the first is still needed for every draw, the second
+never.
+
+Reference: SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis, Podell et al., 2023,
+arXiv:2307.01952, section 2.2.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from bilora_diffusion.errors import UserError
+
+__all__ = [
+    "INTERPOLATIONS",
+    "SMALLEST_SIDE_PX",
+    "SUFFIXES",
+    "Prepared",
+    "Source",
+    "View",
+    "draw_view",
+    "load_image",
+    "prepare",
+    "render",
+    "resize",
+    "resized_size",
+]
+
+Source = Path | bytes | Image.Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff") + (
+    (".avif",) if features.check("avif") else ()
+)
+"""File name endings taken for pictures, in lower case; compare without regard to case."""
+
+SMALLEST_SIDE_PX = 16
+
+INTERPOLATIONS = {mode.value.replace("-", "_"): mode for mode in InterpolationMode}
+"""Names of `--image_interpolation_mode`: nearest, nearest_exact, bilinear, bicubic, box, hamming, lanczos."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to what makes the picture upright."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture is shown to the model.
+
+    Attributes:
+        original_size: (height, width) in px, upright, before resizing.
+        crop_top_left: (y, x) in px of the crop's corner in the picture resized and, if `flipped`, mirrored.
+        flipped: mirrored left to right.
+    """
+
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    flipped: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Pixels (3, R, R), float32 in [-1, 1], and the `View` they show, field by field."""
+
+    pixels: torch.Tensor
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    flipped: bool
+
+
+def load_image(source: Source, name: str | None = None) -> Image.Image:
+    """A picture, fully decoded, upright, as 8-bit RGB; the first frame of an animation.
+
+    Transparency is laid on white: many cut-outs hide black or noise under it. Grey of more than 8 bits is
+    scaled, where Pillow's own conversion clips it to white.
+
+    Arguments:
+        source: a file, the bytes of one, or an open picture.
+        name: what to call it in messages; by default the file's path.
+
+    Raises:
+        UserError: it cannot be read to its end, or a side is under `SMALLEST_SIDE_PX`. The message names it.
+    """
+    name = name or (str(source) if isinstance(source, Path) else "a picture")
+    # Decoders of damaged files raise whatever they stumble on (OSError, SyntaxError, struct.error ...).
+    try:
+        if isinstance(source, Image.Image):
+            image = _upright_rgb(source)
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                image = _upright_rgb(opened)
+    except FileNotFoundError as error:
+        raise UserError(f"{name} is missing: there is no file {error.filename}") from error
+    except Exception as error:
+        raise UserError(
+            f"{name} cannot be read as a picture ({_reason(error)}): replace or remove it"
+        ) from error
+    if min(image.size) < SMALLEST_SIDE_PX:
+        raise UserError(
+            f"{name} is too small, {image.width} x {image.height} px (width x height): each side needs at "
+            f"least {SMALLEST_SIDE_PX} px; replace or remove it"
+        )
+    return image
+
+
+def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(height, width) in px once the shorter side is `resolution`; torchvision's rounding (down)."""
+    height, width = size
+    if height <= width:
+        return resolution, int(resolution * width / height)
+    return int(resolution * height / width), resolution
+
+
+def draw_view(
+    size: tuple[int, int], resolution: int, center_crop: bool, random_flip: bool, generator: torch.Generator
+) -> View:
+    """Where to cut a picture of (height, width) `size` px, and whether to mirror it first (one time in two).
+
+    Always three numbers are drawn (flip, y, x), used or not: switching one option on leaves the others' draws
+    as they were.
+    """
+    flip, *shares = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    spare = [side - resolution for side in resized_size(size, resolution)]
+    if center_crop:
+        y, x = (round(px / 2) for px in spare)
+    else:
+        y, x = (int(share * (px + 1)) for share, px in zip(shares, spare, strict=True))
+    return View(original_size=size, crop_top_left=(y, x), flipped=random_flip and flip < 0.5)
+
+
+def resize(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
+    """The picture with its shorter side at `resolution` px.
+
+    Raises:
+        UserError: `interpolation` is not one of `INTERPOLATIONS`.
+    """
+    if interpolation not in INTERPOLATIONS:
+        names = ", ".join(INTERPOLATIONS)
+        raise UserError(f"--image_interpolation_mode {interpolation} is unknown: choose from {names}")
+    size = resized_size((image.height, image.width), resolution)
+    return F.resize(image, list(size), interpolation=INTERPOLATIONS[interpolation])
+
+
+def render(resized: Image.Image, view: View, resolution: int) -> torch.Tensor:
+    """Pixels (3, R, R), float32 in [-1, 1], that `view` shows of a picture from `resize`: mirror, then
+    crop.
+    """
+    if view.flipped:
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    y, x = view.crop_top_left
+    values = np.array(resized.crop((x, y, x + resolution, y + resolution)))
+    # Dividing by 255 and then by 0.5 rounds as torchvision's ToTensor and Normalize([0.5], [0.5]) do.
+    return torch.from_numpy(values).permute(2, 0, 1).float().contiguous().div_(255).sub_(0.5).div_(0.5)
+
+
+def prepare(
+    image: Image.Image,
+    resolution: int,
+    center_crop: bool,
+    random_flip: bool,
+    interpolation: str,
+    generator: torch.Generator,
+) -> Prepared:
+    """One picture from `load_image` as the model sees it: `draw_view`, `resize` and `render` in one.
+
+    Arguments:
+        resolution: R, side of the square in px; the picture's shorter side becomes that long.
+        center_crop: cut the middle; otherwise anywhere, with equal chances.
+        random_flip: mirror one time in two, before the crop (the corner is that of the picture the model
+            sees).
+        interpolation: one of `INTERPOLATIONS`.
+        generator: gives three numbers, whatever the options.
+    """
+    view = draw_view((image.height, image.width), resolution, center_crop, random_flip, generator)
+    pixels = render(resize(image, resolution, interpolation), view, resolution)
+    return Prepared(pixels, view.original_size, view.crop_top_left, view.flipped)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()  # to the last byte: a truncated file fails here; TIFF turns itself upright here
+    rgb = _rgb(image)
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block is no reason to lose the picture
+        turn = None
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _rgb_of_deep_grey(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":  # Pillow converts premultiplied grey to LA only
+        image = image.convert("LA")
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and max(key) > 255:  # of a 16-bit PNG, whose pixels Pillow cuts to their high byte
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")
+
+
+def _rgb_of_deep_grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or in floating point, scaled to 8 bits.
+
+    White is 65535; of floats 1, 255 or 65535, the first that holds the brightest pixel (a little over 1 is
+    still
+    the range to 1: sharpening overshoots); of anything brighter, the brightest pixel. Pillow does not say
+        which.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    brightest = values.max()
+    if image.mode == "F" and brightest < 2:
+        white = 1.0
+    elif image.mode == "F" and brightest <= 255:
+        white = 255.0
+    else:
+        white = max(65535.0, brightest)
+    grey = np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
+    transparent = image.info.get("transparency")  # a PNG may name one grey as the transparent one
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture format that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,0 +1,71 @@
+"""Pictures as latents: computed once and kept where every sight of a picture has the same pixels, else in every step.
+
+What is kept is the VAE's posterior, not a sample of it: each epoch samples anew, with or without the cache.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from bilora_diffusion.data.dreambooth import DreamBoothDataset, Row, VariantKey
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.sdxl import Moments, encode_images
+
+__all__ = ["CachedLatents", "EncodedLatents", "LatentSource"]
+
+
+class LatentSource(Protocol):
+    """Gives the posterior of each row's picture."""
+
+    vae_config: object
+
+    def moments(self, rows: Sequence[Row]) -> list[Moments]: ...
+
+
+class EncodedLatents:
+    """Runs the VAE on the rows' pixels in every step; needed where crops are drawn anew each time."""
+
+    def __init__(self, dataset: DreamBoothDataset, vae: nn.Module) -> None:
+        self.dataset = dataset
+        self.vae = vae
+        self.vae_config = vae.config
+
+    def moments(self, rows: Sequence[Row]) -> list[Moments]:
+        both = encode_images(self.vae, torch.stack([row.pixels for row in rows]))
+        moments = [Moments(mean, std) for mean, std in zip(both.mean, both.std, strict=True)]
+        for row, moment in zip(rows, moments, strict=True):
+            _check_finite(moment, self.dataset, row.key)
+        return moments
+
+
+class CachedLatents:
+    """The posteriors of all pictures, flipped and not, in the computer's memory (0.5 MB each at 1024 px).
+
+    The VAE is not held: once this exists it can be freed.
+    """
+
+    def __init__(self, dataset: DreamBoothDataset, vae: nn.Module) -> None:
+        self.vae_config = vae.config
+        self.cache: dict[VariantKey, Moments] = {}
+        for key, prepared in dataset.variants():
+            both = encode_images(vae, prepared.pixels[None])
+            moment = Moments(both.mean[0], both.std[0])
+            _check_finite(moment, dataset, key)
+            self.cache[key] = moment
+
+    def moments(self, rows: Sequence[Row]) -> list[Moments]:
+        return [self.cache[row.key] for row in rows]
+
+
+def _check_finite(moment: Moments, dataset: DreamBoothDataset, key: VariantKey) -> None:
+    """Raises: UserError: the VAE overflowed on this picture, which would poison the whole run."""
+    if moment.mean.isfinite().all() and moment.std.isfinite().all():
+        return
+    is_class, index, _ = key
+    name = (dataset.class_pictures if is_class else dataset.instances)[index].name
+    raise UserError(
+        f"the VAE gives non-finite latents for {name}: take another with --pretrained_vae_model_name_or_path "
+        "(madebyollin/sdxl-vae-fp16-fix), or leave the picture out"
+    )

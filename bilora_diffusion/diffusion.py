@@ -1,0 +1,145 @@
+"""The denoising objective: noising, what the model should predict, how much each row counts.
+
+Pure functions of latents, noise and timesteps; nothing random is drawn inside, so that a method can evaluate the same
+draws twice and a test can check the arithmetic.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
+from torch import Generator, Tensor
+
+from bilora_diffusion.errors import UserError
+
+__all__ = ["Objective", "build_objective", "draw_noise", "draw_timestep"]
+
+Scheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One training objective.
+
+    Arguments:
+        scheduler: holds the noise schedule: DDPM's discrete one, or for EDM-style training an Euler scheduler's sigmas.
+        edm: preconditioned prediction of the clean latents (Karras et al., 2022).
+        snr_gamma: gamma of min-SNR weighting, unset = every timestep counts the same.
+
+    Reference:
+        Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv 2206.00364.
+        Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023), arXiv 2303.09556.
+    """
+
+    scheduler: Scheduler
+    edm: bool = False
+    snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        known = ("epsilon", "v_prediction") if self.edm else ("epsilon", "v_prediction", "sample")
+        if self.prediction_type not in known:
+            raise UserError(
+                f"the base's scheduler predicts '{self.prediction_type}'; this trainer knows {', '.join(known)}"
+            )
+
+    @property
+    def prediction_type(self) -> str:
+        return self.scheduler.config.prediction_type
+
+    def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The forward process at each row's timestep, (B, 4, H/8, W/8)."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def model_input(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet is fed: the noisy latents, for EDM divided by sqrt(sigma^2 + sigma_data^2)."""
+        if not self.edm:
+            return noisy
+        sigma = self._sigmas(timesteps, noisy)
+        if isinstance(self.scheduler, EDMEulerScheduler):
+            return self.scheduler.precondition_inputs(noisy, sigma)
+        return noisy / (sigma**2 + 1).sqrt()
+
+    def losses(self, output: Tensor, latents: Tensor, noise: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The weighted mean squared error of each row, (B,), float32."""
+        output, latents, noise, noisy = output.float(), latents.float(), noise.float(), noisy.float()
+        if self.edm:
+            return self._edm_losses(output, latents, noisy, timesteps)
+        if self.prediction_type == "epsilon":
+            target = noise
+        elif self.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(latents, noise, timesteps)
+        else:
+            target = latents
+        return (output - target).square().flatten(1).mean(1) * self._snr_weights(timesteps)
+
+    def _snr_weights(self, timesteps: Tensor) -> Tensor | float:
+        """min(snr, gamma) / snr for epsilon, / (snr + 1) for velocity, min(snr, gamma) for the sample itself."""
+        if self.snr_gamma is None:
+            return 1.0
+        snr = compute_snr(self.scheduler, timesteps).float()
+        clipped = snr.clamp_max(self.snr_gamma)
+        if self.prediction_type == "v_prediction":
+            return clipped / (snr + 1)
+        if self.prediction_type == "sample":
+            return clipped
+        # A zero-terminal-SNR schedule has snr = 0 at its last timestep: the limit of the quotient there is 1.
+        return torch.where(snr > 0, clipped / snr.clamp_min(torch.finfo(snr.dtype).tiny), 1.0)
+
+    def _edm_losses(self, output: Tensor, latents: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """Squared error of the denoised latents; sigma^-2 weights where the schedule is not EDM's own."""
+        sigma = self._sigmas(timesteps, noisy)
+        if isinstance(self.scheduler, EDMEulerScheduler):
+            denoised, weight = self.scheduler.precondition_outputs(noisy, output, sigma), 1.0
+        elif self.prediction_type == "epsilon":
+            denoised, weight = noisy - sigma * output, sigma**-2
+        else:
+            denoised = noisy / (sigma**2 + 1) - output * sigma / (sigma**2 + 1).sqrt()
+            weight = sigma**-2
+        return (weight * (denoised - latents).square()).flatten(1).mean(1)
+
+    def _sigmas(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """Each row's noise level, (B, 1, 1, 1)."""
+        schedule = self.scheduler.timesteps.to(timesteps.device)
+        index = (schedule[None] == timesteps[:, None]).float().argmax(1)
+        return self.scheduler.sigmas.to(like)[index].reshape(-1, 1, 1, 1)
+
+
+def build_objective(scheduler, *, edm: bool = False, snr_gamma: float | None = None) -> Objective:
+    """The training objective that fits a base's sampling scheduler.
+
+    Arguments:
+        scheduler: the base pipeline's own, whatever its class. An EDM scheduler means EDM-style training in any case:
+            the base knows nothing else.
+        edm: `--do_edm_style_training`.
+
+    Raises:
+        UserError: min-SNR weighting with EDM-style training, which has no timesteps to weight.
+    """
+    own_edm = type(scheduler).__name__.startswith("EDM")
+    if own_edm and snr_gamma is not None:
+        raise UserError("--snr_gamma: the base's scheduler is EDM's, whose loss needs no min-SNR weights; leave it out")
+    if own_edm:
+        return Objective(EDMEulerScheduler.from_config(scheduler.config), edm=True)
+    if edm:
+        return Objective(EulerDiscreteScheduler.from_config(scheduler.config), edm=True)
+    return Objective(DDPMScheduler.from_config(scheduler.config), snr_gamma=snr_gamma)
+
+
+def draw_timestep(objective: Objective, generator: Generator) -> Tensor:
+    """A timestep drawn uniformly from the schedule, a scalar (int64; EDM's may be fractional)."""
+    index = torch.randint(objective.scheduler.config.num_train_timesteps, (), generator=generator)
+    return objective.scheduler.timesteps[index] if objective.edm else index
+
+
+def draw_noise(shape: tuple[int, int, int], generator: Generator, offset: float = 0.0) -> Tensor:
+    """Gaussian noise for one row's latents, (C, h, w), float32 on the CPU.
+
+    Arguments:
+        offset: strength of a constant added to each channel, so that the mean brightness is learned too
+            (--noise_offset; Guttenberg, "Diffusion with Offset Noise", 2023).
+    """
+    noise = torch.randn(shape, generator=generator)
+    # Drawn in any case: the noise of a run must not depend on whether an option is on.
+    constant = torch.randn((shape[0], 1, 1), generator=generator)
+    return noise + offset * constant if offset else noise

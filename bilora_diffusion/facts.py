@@ -1,0 +1,146 @@
+"""What a LoRA file and its model card say of themselves, in a form that may be shown to anyone.
+
+`LoraFacts` knows nothing of the configuration: whoever fills it in decides what is shared. It must hold no
+path of this machine, no token and no user name; `shared_base_name` is there for the one value that often
+is a path.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import bilora_diffusion
+
+__all__ = ["LoraFacts", "bilora_metadata", "shared_base_name", "tag_frequency", "utc_date"]
+
+MOST_TAGS = 500  # a header is read whole by every user interface that lists the file
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class LoraFacts:
+    """The facts of one trained LoRA. A value that is None does not apply or is not known, and is left out.
+
+    Arguments:
+        name: what the LoRA is called, for example the output folder's last part.
+        base: the base's name as it may be shared, see `shared_base_name`.
+        base_hub_id: the base's id on the model hub, None for a local or made-up base.
+        method: `bilora`, `lora`, ...
+        rank: r of the primary adapter.
+        alpha: the primary's weight is multiplied by alpha / rank.
+        rho: radius of the auxiliary's ball, in the norm of the effective weights.
+        rho_relative: the same as a share of the adapted weights' norm, if it was given so.
+        auxiliary_rank: rank of the auxiliary adapter, which is not in the file.
+        steps: optimiser steps made.
+        epochs: passes over the pictures, rounded up.
+        learning_rate: of the UNet's primary adapter.
+        text_encoder_lr: of the text encoders' primary adapters, None if they were not trained.
+        optimizer, lr_scheduler: names as on the command line.
+        resolution: side of the training pictures in pixels.
+        seed: of the run.
+        num_images: training pictures, repeats not counted.
+        num_class_images: class pictures of prior preservation.
+        batch_size: pictures a process and micro-batch.
+        accumulation: micro-batches an optimiser step.
+        num_processes: processes that shared a step.
+        mixed_precision: `no`, `fp16` or `bf16`.
+        min_snr_gamma, noise_offset, caption_dropout: of the loss and the captions, None or 0 = off.
+        lora_layers: names of the adapted modules of the UNet, if not the attention projections.
+        trained_parts: `unet`, `text_encoder`, `text_encoder_2`, as far as they have adapters.
+        use_dora: whether the primary is a weight-decomposed adapter.
+        instance_prompt: the prompt that calls up what was learnt.
+        captions: the captions trained on, one a picture.
+        started_at, finished_at: seconds since 1970.
+        prediction_type: of the base, `epsilon` or `v_prediction`.
+        versions: name -> version of the libraries used.
+    """
+
+    name: str
+    base: str
+    method: str
+    rank: int
+    alpha: float
+    base_hub_id: str | None = None
+    rho: float | None = None
+    rho_relative: float | None = None
+    auxiliary_rank: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    learning_rate: float | None = None
+    text_encoder_lr: float | None = None
+    optimizer: str | None = None
+    lr_scheduler: str | None = None
+    resolution: int | None = None
+    seed: int | None = None
+    num_images: int | None = None
+    num_class_images: int | None = None
+    batch_size: int | None = None
+    accumulation: int = 1
+    num_processes: int = 1
+    mixed_precision: str | None = None
+    min_snr_gamma: float | None = None
+    noise_offset: float | None = None
+    caption_dropout: float | None = None
+    lora_layers: Sequence[str] | None = None
+    trained_parts: Sequence[str] = ("unet",)
+    use_dora: bool = False
+    instance_prompt: str | None = None
+    captions: Sequence[str] = ()
+    started_at: float | None = None
+    finished_at: float | None = None
+    prediction_type: str = "epsilon"
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def shared_base_name(base: str) -> tuple[str, str | None]:
+    """(a name that may be shared, the hub id or None) of what the user gave as the base.
+
+    A folder or a file of this machine keeps only its last part: "/data/models/sdxl.safetensors" is "sdxl". A
+    relative folder "models/sdxl" looks like a hub id, so what exists here is taken for local, as
+    diffusers does.
+    """
+    if HUB_ID.fullmatch(base) and not Path(base).exists():
+        return base, base
+    last_part = PureWindowsPath(PurePosixPath(base).name).name  # a Windows path has to be cut on Linux too
+    return last_part.removesuffix(".safetensors") or "base", None
+
+
+def bilora_metadata(facts: LoraFacts) -> dict[str, str]:
+    """Our own entries for a file's metadata, every value a string: `bilora_method`, `bilora_rho`, ...
+
+    Readers of LoRA files look up the names they know and pass over these.
+    """
+    shown = {
+        "version": bilora_diffusion.__version__,
+        "method": facts.method,
+        "rank": facts.rank,
+        "alpha": facts.alpha,
+        "rho": facts.rho,
+        "rho_relative": facts.rho_relative,
+        "auxiliary_rank": facts.auxiliary_rank,
+        "steps": facts.steps,
+        "base": facts.base,
+        "instance_prompt": facts.instance_prompt,
+        "trained_parts": json.dumps(list(facts.trained_parts)),
+        "resolution": facts.resolution,
+        "seed": facts.seed,
+        "prediction_type": facts.prediction_type,
+        "trained_at": None if facts.finished_at is None else utc_date(facts.finished_at),
+        "versions": json.dumps(dict(facts.versions), sort_keys=True),
+    }
+    return {f"bilora_{name}": str(value) for name, value in shown.items() if value is not None}
+
+
+def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
+    """How often each comma-separated part of the captions occurs, the most frequent `MOST_TAGS` first."""
+    tags = (tag.strip() for caption in captions for tag in caption.split(","))
+    return dict(Counter(tag for tag in tags if tag).most_common(MOST_TAGS))
+
+
+def utc_date(seconds: float) -> str:
+    """Seconds since 1970 as `2026-11-22T01:02:03Z`; the local time would tell where the machine stands."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,77 @@
+"""What of a model is on this disk and what the hub has to be asked for, failures told in one line."""
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from bilora_diffusion.errors import UserError
+
+__all__ = ["existing_path", "fetch", "may_be_hub_id"]
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name has the form `model` or `owner/model`, and is not plainly a file's."""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith(FILE_ENDINGS)
+
+
+def existing_path(name: str, flag: str) -> Path | None:
+    """The path if it exists on this disk, None if the name is to be looked up on the hub.
+
+    Raises:
+        UserError: it does not exist and cannot be a hub id either.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if "://" in name:
+        raise UserError(f"{flag}: {name} is an address; download the file, or give the hub id (owner/name).")
+    if may_be_hub_id(name):
+        return None
+    raise UserError(f"{flag}: there is no file or folder {name}.")
+
+
+def fetch(name: str, patterns: list[str], flag: str, revision: str | None, cache_dir: str | None) -> Path:
+    """Downloads what of a hub model is not in the cache yet; returns its folder there.
+
+    Arguments:
+        patterns: the files wanted, such as "unet/*.json"; a pattern without a file is no error.
+        flag: the flag that named the model, for the messages.
+
+    Raises:
+        UserError: no such model or revision, no permission, or no connection and not cached.
+    """
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{flag}: {name} is gated: accept its licence on its page on the hub, then log in with "
+            "`hf auth login` or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"--revision: {name} has no revision {revision}.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{flag}: {name} is no file or folder here, and no model on the hub that you may read."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "no connection"
+        raise UserError(
+            f"{flag}: {name} is no file or folder here, and the hub cannot be asked for it ({reason}); "
+            "correct the path, or connect once to fetch it."
+        ) from error
+    except OSError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{flag}: {name} could not be fetched from the hub: {reason}") from error

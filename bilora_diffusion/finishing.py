@@ -1,0 +1,280 @@
+"""After the last step: the LoRA files, the proof that they are the trained model, pictures, card, summary."""
+
+import logging
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import bilora_diffusion
+from bilora_diffusion.adapters import AUXILIARY, auxiliary_off, parameters_of
+from bilora_diffusion.assembly import Machine, Parts
+from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.export import save_diffusers
+from bilora_diffusion.facts import LoraFacts, bilora_metadata
+from bilora_diffusion.kohya import save_kohya, why_not_kohya
+from bilora_diffusion.model_card import CardImage, write_model_card
+from bilora_diffusion.previews import pipeline_around, save_pictures
+from bilora_diffusion.progress import Progress
+from bilora_diffusion.run_folder import DIFFUSERS_FILE, KOHYA_FILE, RunFolder
+from bilora_diffusion.sampling import sample_pictures
+from bilora_diffusion.tracking import log_pictures
+from bilora_diffusion.verification import VerificationError, record_trained, strip_adapters, verify_file
+
+__all__ = ["finish", "package_versions", "peak_memory_bytes", "save_loras"]
+
+logger = logging.getLogger("bilora_diffusion")
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+
+
+def finish(
+    config: TrainingConfig,
+    machine: Machine,
+    accelerator: Accelerator,
+    parts: Parts,
+    folder: RunFolder,
+    progress: Progress,
+    started: float,
+    interrupted: bool,
+) -> dict[str, Any]:
+    """Exports, verifies, draws, writes card and summary, and says where everything is. One process does it.
+
+    Returns:
+        what `summary.json` holds.
+
+    Raises:
+        UserError: a file that was written does not load as what was trained.
+    """
+    summary = _summary(config, parts, progress)
+    if machine.is_main:
+        files = save_loras(folder.path, config, parts, progress, started=started)
+        summary["verified"] = _verify(files, parts)
+        pictures = [] if interrupted else _final_pictures(config, machine, parts, folder, files[0])
+        if pictures:
+            log_pictures(accelerator, "test", pictures, _final_prompt(config), progress.step)
+        names = save_pictures(folder, "final", pictures) if pictures else []
+        facts = lora_facts(config, parts, progress, started)
+        images = [CardImage(name, _final_prompt(config)) for name in names]
+        hub_id = config.hub_model_id if config.push_to_hub else None
+        write_model_card(folder.path, facts, images, hub_id=hub_id, kohya_file=len(files) > 1)
+        folder.summary(summary)
+        _say(config, folder, files, names, progress, summary, interrupted)
+        if config.push_to_hub and not interrupted:
+            from bilora_diffusion.upload import push
+
+            push(config, folder.path, [*(path.name for path in files), *names])
+    machine.wait()
+    return summary
+
+
+def save_loras(
+    folder: Path,
+    config: TrainingConfig,
+    parts: Parts,
+    progress: Progress,
+    *,
+    started: float | None = None,
+    checkpoint: bool = False,
+) -> list[Path]:
+    """Writes the primary as LoRA files; returns their paths, the diffusers one first.
+
+    Arguments:
+        checkpoint: one file in float32, which a resumed run can go on from exactly.
+    """
+    facts = lora_facts(config, parts, progress, started)
+    dtype = None if checkpoint or config.upcast_before_saving else parts.trainer.compute_dtype
+    files = [folder / DIFFUSERS_FILE]
+    save_diffusers(files[0], parts.models, dtype=dtype, metadata=bilora_metadata(facts))
+    if checkpoint or not config.output_kohya_format:
+        return files
+    reason = why_not_kohya(parts.models)
+    if reason is not None:
+        logger.info(f"no Kohya file: {reason}")
+        return files
+    files.append(folder / KOHYA_FILE)
+    save_kohya(files[1], parts.models, facts=facts, dtype=dtype)
+    return files
+
+
+def lora_facts(
+    config: TrainingConfig, parts: Parts, progress: Progress, started: float | None = None
+) -> LoraFacts:
+    """What the files and the card say of the run: nothing of this machine."""
+    base = parts.base
+    dataset = parts.dataset
+    ball = parts.radius
+    return LoraFacts(
+        name=Path(config.output_dir).resolve().name,
+        base=base.shared_name,
+        base_hub_id=base.name if base.is_hub_id else None,
+        method=config.method,
+        rank=config.rank,
+        alpha=config.lora_alpha or float(config.rank),
+        rho=ball.rho if ball else None,
+        rho_relative=ball.relative if ball else None,
+        auxiliary_rank=config.auxiliary_rank if ball else None,
+        steps=progress.step,
+        epochs=-(-progress.draws // len(dataset)),
+        learning_rate=config.learning_rate,
+        text_encoder_lr=config.text_encoder_lr if config.train_text_encoder else None,
+        optimizer=config.optimizer,
+        lr_scheduler=config.lr_scheduler,
+        resolution=parts.resolution,
+        seed=progress.seed,
+        num_images=len(dataset.instances),
+        num_class_images=len(dataset.class_pictures) or None,
+        batch_size=config.train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        min_snr_gamma=config.snr_gamma,
+        noise_offset=config.noise_offset,
+        caption_dropout=config.caption_dropout,
+        lora_layers=config.unet_targets,
+        trained_parts=tuple(parts.models),
+        use_dora=config.use_dora,
+        instance_prompt=config.instance_prompt,
+        captions=[picture.caption for picture in dataset.instances],
+        started_at=started,
+        finished_at=time.time(),
+        prediction_type=parts.trainer.objective.prediction_type,
+        versions=package_versions(),
+    )
+
+
+def _verify(files: list[Path], parts: Parts) -> list[dict[str, Any]]:
+    """Loads every file through the pipeline's own loader into the very base; the adapters are gone after this."""
+    with auxiliary_off(parts.models.values()):
+        trained = record_trained(parts.models)
+    for model in parts.models.values():
+        strip_adapters(model)
+    pipeline = pipeline_around(parts)
+    verified = []
+    for file in files:
+        try:
+            result = verify_file(file, pipeline, trained)
+        except VerificationError as error:
+            raise UserError(f"{error}. The checkpoints hold the trained weights; please report this") from error
+        verified.append(
+            {
+                "file": file.name,
+                "layers": result.layers,
+                "differences": dict(result.differences),
+                "effects": dict(result.effects),
+                "tolerances": dict(result.tolerances),
+            }
+        )
+    return verified
+
+
+def _final_prompt(config: TrainingConfig) -> str | None:
+    return config.final_validation_prompt or config.validation_prompt
+
+
+def _final_pictures(
+    config: TrainingConfig, machine: Machine, parts: Parts, folder: RunFolder, file: Path
+) -> list[Image.Image]:
+    """Pictures from the base with the file loaded as a user would load it."""
+    prompt = _final_prompt(config)
+    if prompt is None or config.skip_final_inference:
+        return []
+    pipeline = pipeline_around(parts)
+    pipeline.load_lora_weights(str(file))
+    pictures = sample_pictures(
+        pipeline,
+        parts.sampling_prompts.get(prompt, prompt),
+        numbers=range(config.num_validation_images),
+        seed=parts.trainer.seed,
+        resolution=parts.resolution,
+        load_vae=lambda: parts.base.load("vae").vae.to(machine.device),
+    )
+    for model in parts.models.values():
+        strip_adapters(model)
+    return pictures
+
+
+def _summary(config: TrainingConfig, parts: Parts, progress: Progress) -> dict[str, Any]:
+    measures = progress.last_measures
+    ball = parts.radius
+    losses = [loss for loss in progress.losses if loss is not None]
+    return {
+        "method": config.method,
+        "steps": progress.step,
+        "seed": progress.seed,
+        "final_loss": losses[-1] if losses else None,
+        "losses": progress.losses,
+        "clean_losses": progress.clean_losses or None,
+        "perturbed_losses": progress.perturbed_losses or None,
+        "loss_gap": progress.loss_gap,
+        "loss_gap_steps": progress.gap_steps or None,
+        "rho": ball.rho if ball else None,
+        "rho_relative": ball.relative if ball else None,
+        "rho_singular_share": ball.singular_share if ball else None,
+        "c_over_rho": measures.get("c_over_rho"),
+        "clipped_share": measures.get("clipped_share"),
+        "inert": progress.is_inert(),
+        "skipped_steps": progress.skipped,
+        "seconds_per_step": progress.seconds_per_step,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "parameters": {
+            "primary": sum(parameter.numel() for parameter in parts.trainer.primary),
+            "auxiliary": sum(
+                parameter.numel()
+                for model in parts.models.values()
+                for parameter in parameters_of(model, AUXILIARY).values()
+            ),
+        },
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": package_versions(),
+        "verified": None,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most that was allocated on the GPU, without one the most memory the process had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"bilora_diffusion": bilora_diffusion.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _say(
+    config: TrainingConfig,
+    folder: RunFolder,
+    files: list[Path],
+    pictures: list[str],
+    progress: Progress,
+    summary: dict[str, Any],
+    interrupted: bool,
+) -> None:
+    state = f"interrupted after step {progress.step}" if interrupted else f"done: {progress.step} steps"
+    logger.info(f"{state}, last loss {summary['final_loss']}")
+    for file, checked in zip(files, summary["verified"], strict=True):
+        worst = max(checked["differences"].values())
+        logger.info(f"{file}  ({checked['layers']} layers; loaded again, differs by {worst:.1e})")
+    for name in pictures:
+        logger.info(f"{folder.path / name}")
+    if progress.skipped:
+        logger.info(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
+    if summary["inert"]:
+        logger.info(f"note: {summary['inert']}")
+    if interrupted:
+        logger.info("continue with --resume_from_checkpoint latest")

@@ -1,0 +1,111 @@
+"""Is the auxiliary alive? The loss it adds to the batch at hand, measured in float32.
+
+    gap = L(W0 + s1 B1 A1 + s2 B2 A2) - L(W0 + s1 B1 A1)
+
+on the same rows, noise and timesteps. An auxiliary that ascends makes it positive; one that does nothing leaves it at
+zero. In bfloat16 the rounding of a single layer is larger than a small perturbation, so the frozen base computes in
+float32 here, a layer at a time.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bilora_diffusion.adapters import auxiliary_off
+
+__all__ = ["ARITHMETIC_NOISE", "LossGap", "float32_computation", "measure_loss_gap"]
+
+ARITHMETIC_NOISE = 1e-6
+"""Share of the loss below which a gap cannot be told from float32's rounding. tests/test_loss_gap.py measures it:
+the same loss summed over other splits of the batch differs by less."""
+
+
+@dataclass(frozen=True)
+class LossGap:
+    """Mean losses over the rows of one optimiser step, on this process."""
+
+    perturbed: float
+    clean: float
+
+    @property
+    def gap(self) -> float:
+        return self.perturbed - self.clean
+
+    @property
+    def is_noise(self) -> bool:
+        return abs(self.gap) <= ARITHMETIC_NOISE * abs(self.clean)
+
+
+@torch.no_grad()
+def measure_loss_gap(models: Iterable[nn.Module], micro_batches: Sequence) -> LossGap:
+    """Two forward passes over every micro-batch, one with the auxiliary, one without.
+
+    Arguments:
+        models: the trained parts.
+        micro_batches: of one step; each gives its float32 twin by `in_float32()`.
+    """
+    models = list(models)
+    twins = [micro_batch.in_float32() for micro_batch in micro_batches]
+    with _no_dropout(models), float32_computation(models):
+        perturbed = torch.stack([twin.loss() for twin in twins]).mean()
+        with auxiliary_off(models):
+            clean = torch.stack([twin.loss() for twin in twins]).mean()
+    return LossGap(perturbed.item(), clean.item())
+
+
+@contextmanager
+def _no_dropout(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Dropout draws anew in each pass: its difference would drown the auxiliary's."""
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
+
+
+@contextmanager
+def float32_computation(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, every layer computes in float32 whatever precision its weights are stored in.
+
+    A layer's half-precision weights are widened when its forward begins and put back, the very same tensors, when it
+    ends: the extra memory is one layer's. On an exception they are put back too.
+    """
+    handles = []
+    stored: dict[nn.Parameter, torch.Tensor] = {}
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def own(module: nn.Module) -> Iterator[torch.Tensor]:
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)
+
+    def widen(module: nn.Module, *_) -> None:
+        for tensor in own(module):
+            if tensor.dtype in (torch.float16, torch.bfloat16) and tensor not in stored:
+                stored[tensor] = tensor.data
+                tensor.data = tensor.data.float()
+
+    def restore(module: nn.Module, *_) -> None:
+        for tensor in own(module):
+            if tensor in stored:
+                tensor.data = stored.pop(tensor)
+
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        for model in models:
+            for module in model.modules():
+                if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in own(module)):
+                    handles.append(module.register_forward_pre_hook(widen))
+                    handles.append(module.register_forward_hook(restore))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for tensor, data in stored.items():
+            tensor.data = data
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32

@@ -1,0 +1,218 @@
+"""The README.md beside a LoRA: what it is, how to use it, how it was trained.
+
+The head is what the model hub reads (the fields and tags of diffusers' own DreamBooth cards); the text is for
+people. It is written with or without a push to the hub, needs no network, and holds nothing that `LoraFacts`
+does not.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from bilora_diffusion.atomic import write_text_atomically
+from bilora_diffusion.export import DIFFUSERS_FILE
+from bilora_diffusion.facts import LoraFacts, utc_date
+from bilora_diffusion.kohya import KOHYA_FILE
+
+__all__ = ["CARD_FILE", "CardImage", "model_card", "write_model_card"]
+
+CARD_FILE = "README.md"
+TAGS = (
+    "text-to-image",
+    "diffusers-training",
+    "diffusers",
+    "lora",
+    "template:sd-lora",
+    "stable-diffusion-xl",
+    "stable-diffusion-xl-diffusers",
+)
+
+# A LoRA is made from its base and comes under the base's licence. It is named where it is known; a wrong one
+# would be worse than none.
+LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
+
+METHODS = {
+    "bilora": (
+        "Bi-LoRA ([arXiv 2508.19564](https://arxiv.org/abs/2508.19564)): beside the adapter in the file, a "
+        "second one perturbed the weights during training towards higher loss, so that the first should be "
+        "good in a neighbourhood and not at a point. The second is not in the file"
+    ),
+    "lora": "plain LoRA",
+}
+PART_NAMES = {"unet": "the UNet", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
+
+
+@dataclass(frozen=True)
+class CardImage:
+    """A picture for the card's gallery.
+
+    Arguments:
+        file: its path relative to the card's folder, with forward slashes.
+        prompt: what it was drawn from.
+    """
+
+    file: str
+    prompt: str
+
+
+def write_model_card(
+    folder: str | os.PathLike[str],
+    facts: LoraFacts,
+    images: Sequence[CardImage] = (),
+    *,
+    hub_id: str | None = None,
+    kohya_file: bool = True,
+) -> Path:
+    """Writes `README.md` into the folder of the LoRA, in place of an older one, and returns its path.
+
+    Arguments:
+        folder: the output folder.
+        facts: what is said.
+        images: pictures in that folder.
+        hub_id: where the LoRA was or will be pushed, for the example; None = a folder name stands there.
+        kohya_file: whether the Kohya file is there too.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(folder) / CARD_FILE
+    write_text_atomically(path, model_card(facts, images, hub_id=hub_id, kohya_file=kohya_file))
+    return path
+
+
+def model_card(
+    facts: LoraFacts, images: Sequence[CardImage] = (), *, hub_id: str | None = None, kohya_file: bool = True
+) -> str:
+    """The card's text; see `write_model_card`."""
+    sections = [
+        f"---\n{_head(facts, images)}\n---",
+        f"# {facts.name}",
+        *(["<Gallery />"] if images else []),
+        _summary(facts),
+        "## Use",
+        _usage(facts, hub_id, kohya_file),
+        "## Training",
+        _training(facts),
+        "## Limits",
+        _limits(facts),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _head(facts: LoraFacts, images: Sequence[CardImage]) -> str:
+    data = ModelCardData(
+        base_model=facts.base_hub_id,
+        library_name="diffusers",
+        license=LICENSES.get(facts.base_hub_id or ""),
+        instance_prompt=facts.instance_prompt,
+        tags=[*TAGS, facts.method, *(["dora"] if facts.use_dora else [])],
+        widget=[{"text": image.prompt or " ", "output": {"url": image.file}} for image in images] or None,
+    )
+    return data.to_yaml().strip()
+
+
+def _base(facts: LoraFacts) -> str:
+    if facts.base_hub_id:
+        return f"[{facts.base_hub_id}](https://huggingface.co/{facts.base_hub_id})"
+    return f"`{facts.base}`"
+
+
+def _summary(facts: LoraFacts) -> str:
+    kind = "DoRA" if facts.use_dora else "LoRA"
+    parts = _listed([PART_NAMES[part] for part in facts.trained_parts])
+    text = f"A {kind} for {_base(facts)} (Stable Diffusion XL), on {parts}."
+    if facts.instance_prompt:
+        text += f" Call it up with the prompt\n\n```\n{facts.instance_prompt}\n```"
+    return text
+
+
+def _usage(facts: LoraFacts, hub_id: str | None, kohya_file: bool) -> str:
+    base = facts.base_hub_id or "path/to/the/base"
+    prompt = facts.instance_prompt or "a photo"
+    source = hub_id or "path/to/this/folder"
+    text = f"""With diffusers:
+
+```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+pipeline = StableDiffusionXLPipeline.from_pretrained({base!r}, torch_dtype=torch.float16).to("cuda")
+pipeline.load_lora_weights({source!r}, weight_name={DIFFUSERS_FILE!r})
+image = pipeline({prompt!r}).images[0]
+```"""
+    if not kohya_file:
+        return f"{text}\n\nThere is no file for ComfyUI or A1111 here."
+    return f"""{text}
+
+With ComfyUI: put `{KOHYA_FILE}` into `ComfyUI/models/loras` and choose it in a *Load LoRA* node.
+
+With A1111 or Forge: put `{KOHYA_FILE}` into `models/Lora` and add `<lora:{Path(KOHYA_FILE).stem}:1>` to
+the prompt.
+
+Give the file a name of your own there; what is inside is the same model as `{DIFFUSERS_FILE}`."""
+
+
+def _training(facts: LoraFacts) -> str:
+    prior = f" and {facts.num_class_images} class pictures" if facts.num_class_images else ""
+    rows = {
+        "rank / alpha": f"{facts.rank} / {facts.alpha:g}",
+        "rho (radius of the perturbation)": _rho(facts),
+        "rank of the second adapter": facts.auxiliary_rank,
+        "adapted modules of the UNet": ", ".join(f"`{name}`" for name in facts.lora_layers or ()) or None,
+        "pictures": None if facts.num_images is None else f"{facts.num_images}{prior}",
+        "resolution": f"{facts.resolution} px" if facts.resolution else None,
+        "optimiser steps": facts.steps,
+        "pictures a step": _rows_a_step(facts),
+        "learning rate": _learning_rate(facts),
+        "optimiser, schedule": ", ".join(filter(None, (facts.optimizer, facts.lr_scheduler))) or None,
+        "mixed precision": facts.mixed_precision,
+        "min-SNR gamma": facts.min_snr_gamma,
+        "noise offset": facts.noise_offset or None,
+        "caption dropout": facts.caption_dropout or None,
+        "prediction type": facts.prediction_type,
+        "seed": facts.seed,
+        "finished": None if facts.finished_at is None else utc_date(facts.finished_at),
+        "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()) or None,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    method = METHODS.get(facts.method, facts.method)
+    return f"Method: {method}.\n\n| | |\n|---|---|\n{table}"
+
+
+def _rho(facts: LoraFacts) -> str | None:
+    if facts.rho is None and facts.rho_relative is None:
+        return None
+    absolute = None if facts.rho is None else f"{facts.rho:g}"
+    share = None if facts.rho_relative is None else f"{facts.rho_relative:g} of the adapted weights' norm"
+    return " = ".join(filter(None, (absolute, share)))
+
+
+def _rows_a_step(facts: LoraFacts) -> str | None:
+    if facts.batch_size is None:
+        return None
+    rows = facts.batch_size * facts.accumulation * facts.num_processes
+    return f"{rows} ({facts.batch_size} x {facts.accumulation} accumulated x {facts.num_processes} processes)"
+
+
+def _learning_rate(facts: LoraFacts) -> str | None:
+    if facts.learning_rate is None:
+        return None
+    encoders = facts.text_encoder_lr
+    return f"{facts.learning_rate:g}" + (f", text encoders {encoders:g}" if encoders is not None else "")
+
+
+def _limits(facts: LoraFacts) -> str:
+    license_note = (
+        "" if facts.base_hub_id in LICENSES else " Its licence follows that of the base; check it there."
+    )
+    return (
+        "This card holds no measurement of its quality. It learnt from few pictures and can "
+        f"repeat them, and it has the limits and biases of its base.{license_note}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else "no part"

@@ -1,0 +1,95 @@
+"""Previews while training: the primary alone, as it would be exported at that moment."""
+
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.assembly import Machine, Parts, free_memory
+from bilora_diffusion.atomic import atomic_write
+from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.run_folder import PREVIEWS, RunFolder
+from bilora_diffusion.sampling import sample_pictures, use_sampling_scheduler
+from bilora_diffusion.tracking import log_pictures
+
+__all__ = ["Previews", "pipeline_around", "save_pictures"]
+
+
+class Previews:
+    """Pictures of --validation_prompt, by step if --validation_steps is given, else by epoch.
+
+    Every preview starts from the same noise, so that two of them differ by the training alone.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        machine: Machine,
+        accelerator: Accelerator,
+        parts: Parts,
+        folder: RunFolder,
+        steps_per_epoch: int,
+    ) -> None:
+        self.config = config
+        self.machine = machine
+        self.accelerator = accelerator
+        self.parts = parts
+        self.folder = folder
+        self.interval = config.validation_steps or config.validation_epochs * steps_per_epoch
+
+    def after_step(self, step: int) -> None:
+        """Makes a preview if one is due after optimiser step number `step` (from 1)."""
+        if self.config.validation_prompt is None or step % self.interval:
+            return
+        if self.machine.is_main:
+            pictures = self._sample(self.config.validation_prompt)
+            save_pictures(self.folder, f"step_{step:06d}", pictures)
+            log_pictures(self.accelerator, "validation", pictures, self.config.validation_prompt, step)
+        self.machine.wait()
+
+    def _sample(self, prompt: str) -> list[Image.Image]:
+        parts, config = self.parts, self.config
+        pipeline = pipeline_around(parts)
+
+        def load_vae():
+            return parts.base.load("vae").vae.to(self.machine.device)
+
+        with auxiliary_off(parts.models.values()):
+            pictures = sample_pictures(
+                pipeline,
+                parts.sampling_prompts.get(prompt, prompt),
+                numbers=range(config.num_validation_images),
+                seed=self.parts.trainer.seed,
+                resolution=parts.resolution,
+                load_vae=load_vae,
+            )
+        free_memory()
+        return pictures
+
+
+def pipeline_around(parts: Parts) -> StableDiffusionXLPipeline:
+    """A pipeline of the very models that are trained, without a VAE, and without text encoders that were freed."""
+    pipeline = StableDiffusionXLPipeline(
+        vae=None,
+        unet=parts.models["unet"],
+        text_encoder=parts.models.get("text_encoder"),
+        text_encoder_2=parts.models.get("text_encoder_2"),
+        tokenizer=parts.tokenizers[0],
+        tokenizer_2=parts.tokenizers[1],
+        scheduler=parts.sampling_scheduler,
+        add_watermarker=False,
+    )
+    use_sampling_scheduler(pipeline)
+    return pipeline
+
+
+def save_pictures(folder: RunFolder, name: str, pictures: Sequence[Image.Image]) -> list[str]:
+    """Writes PNGs under the output folder; returns their paths relative to it."""
+    (folder.path / PREVIEWS).mkdir(exist_ok=True)
+    names = [f"{PREVIEWS}/{name}_{number}.png" for number in range(len(pictures))]
+    for path, picture in zip(names, pictures, strict=True):
+        with atomic_write(folder.path / path) as temporary:
+            picture.save(temporary, format="PNG")
+    return names

@@ -1,0 +1,42 @@
+"""What several processes share: a seed, and the mean of their gradients.
+
+The models are not wrapped in DistributedDataParallel. The trained parameters are few (7 million on SDXL), so one
+all-reduce of one flat buffer a step costs next to nothing, and in return a method may run as many passes as it likes,
+parameters without a gradient are tolerated, and two processes with batch b compute what one with batch 2b does.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["average", "average_gradients"]
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def average(values: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of each tensor over all processes. Every process must bring tensors of the same shapes."""
+    if not _several():
+        return list(values)
+    flat = torch.cat([value.detach().reshape(-1).float() for value in values])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    pieces = flat.split([value.numel() for value in values])
+    return [piece.reshape(value.shape) for piece, value in zip(pieces, values, strict=True)]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], *scalars: Tensor) -> list[Tensor]:
+    """Averages the gradients in place and returns the means of the scalars, in one exchange.
+
+    A parameter without a gradient has none on any process (they run the same graph) and stays without: a zero
+    gradient would bring it weight decay.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    means = average([*scalars, *gradients])
+    if _several():
+        torch._foreach_copy_(gradients, means[len(scalars) :])
+    return means[: len(scalars)]

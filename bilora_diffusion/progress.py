@@ -1,0 +1,104 @@
+"""How far a run is and what it saw: what the summary tells and a checkpoint carries on."""
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bilora_diffusion.loss_gap import LossGap
+from bilora_diffusion.training import Step
+
+__all__ = ["Progress"]
+
+ALIVE_ABOVE = 0.1
+"""A perturbation that never reaches this share of its radius hardly perturbs."""
+
+
+@dataclass
+class Progress:
+    """Counters and curves, JSON values throughout.
+
+    Arguments:
+        seed: of all the run's random numbers.
+        step: optimiser steps done, skipped ones included.
+        draws: instance rows consumed, over all processes.
+        losses: the back-propagated loss of each step; None where it was not finite.
+        gap_steps, perturbed_losses, clean_losses: the loss gap's measurements.
+        skipped: steps whose loss or gradient was not finite; `skipped_in_a_row` up to now.
+        highest_c_over_rho: over all steps, None for a method without a ball.
+        seconds: of each step of this process, previews and checkpoints left out. Starts anew when a run is resumed.
+    """
+
+    seed: int = 0
+    step: int = 0
+    draws: int = 0
+    losses: list[float | None] = field(default_factory=list)
+    gap_steps: list[int] = field(default_factory=list)
+    perturbed_losses: list[float] = field(default_factory=list)
+    clean_losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    highest_c_over_rho: float | None = None
+    last_measures: dict[str, float] = field(default_factory=dict)
+    gap_above_noise: bool = False
+    seconds: list[float] = field(default_factory=list)
+
+    def add_step(self, step: Step, measures: dict[str, float], rows: int, seconds: float) -> None:
+        """Arguments: rows: instance rows of this step, over all processes."""
+        self.step += 1
+        self.draws += rows
+        self.losses.append(step.loss if math.isfinite(step.loss) else None)
+        self.skipped += not step.applied
+        self.skipped_in_a_row = 0 if step.applied else self.skipped_in_a_row + 1
+        self.last_measures = measures
+        if "c_over_rho" in measures:
+            self.highest_c_over_rho = max(measures["c_over_rho"], self.highest_c_over_rho or 0.0)
+        self.seconds.append(seconds)
+
+    def add_gap(self, gap: LossGap) -> None:
+        """A measurement made before the step that comes next."""
+        if not (math.isfinite(gap.perturbed) and math.isfinite(gap.clean)):
+            return
+        self.gap_steps.append(self.step)
+        self.perturbed_losses.append(gap.perturbed)
+        self.clean_losses.append(gap.clean)
+        self.gap_above_noise |= not gap.is_noise
+
+    @property
+    def loss_gap(self) -> float | None:
+        """The mean over the run of L(perturbed) - L(clean)."""
+        if not self.gap_steps:
+            return None
+        return statistics.fmean(self.perturbed_losses) - statistics.fmean(self.clean_losses)
+
+    @property
+    def last_gap(self) -> float | None:
+        return self.perturbed_losses[-1] - self.clean_losses[-1] if self.gap_steps else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+    def is_inert(self) -> str | None:
+        """One line if the auxiliary did nothing, None if it was alive or there was none."""
+        if self.highest_c_over_rho is None:
+            return None
+        if self.highest_c_over_rho < ALIVE_ABOVE:
+            return (
+                f"the auxiliary was inert: c / rho never passed {self.highest_c_over_rho:.3g}, so this is nearly plain "
+                "LoRA; raise --auxiliary_learning_rate, or use --ascent adamw or normalized"
+            )
+        if self.gap_steps and not self.gap_above_noise:
+            return (
+                "the auxiliary was inert: the loss it added never left the noise of the arithmetic, so this is nearly "
+                "plain LoRA; raise --rho or --rho_relative"
+            )
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        return cls(**values)

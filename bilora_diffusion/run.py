@@ -1,0 +1,364 @@
+"""A whole run: from a configuration to a LoRA file that was loaded again and found equal."""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from bilora_diffusion.adapters import AUXILIARY, auxiliary_off, parameters_of
+from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures, steps_in_epoch
+from bilora_diffusion.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    restore_adapters,
+    save_checkpoint,
+)
+from bilora_diffusion.config import TrainingConfig, as_dict, to_yaml
+from bilora_diffusion.data.dreambooth import DrawBatches, Row, flatten
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.finishing import finish, save_loras
+from bilora_diffusion.interruption import Interruption
+from bilora_diffusion.loss_gap import LossGap, measure_loss_gap
+from bilora_diffusion.previews import Previews
+from bilora_diffusion.processes import average
+from bilora_diffusion.progress import Progress
+from bilora_diffusion.run_folder import RunFolder
+from bilora_diffusion.tracking import check_trackers
+
+__all__ = ["Outcome", "train"]
+
+logger = logging.getLogger("bilora_diffusion")
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Arguments:
+        summary: what `summary.json` holds.
+    """
+
+    folder: Path
+    interrupted: bool
+    summary: dict[str, Any]
+
+
+def train(config: TrainingConfig) -> Outcome:
+    """Trains, exports, verifies.
+
+    Raises:
+        UserError: anything in the flags, files or machine that does not fit; nothing of an earlier run is lost then.
+    """
+    precision = _precision(config)
+    accelerator = _accelerator(config)
+    machine = Machine(
+        accelerator.device,
+        DTYPES[precision],
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.wait_for_everyone,
+    )
+    _set_up_logging(machine)
+    if machine.is_main:
+        for warning in config.warnings():
+            logger.warning(warning)
+    folder = RunFolder(config.output_dir, writes=machine.is_main)
+    checkpoint = _checkpoint_to_resume(config, folder)
+    machine.wait()  # all have looked before the first writes
+    pictures, warnings = read_pictures(config)
+    if machine.is_main:
+        for warning in warnings:
+            logger.warning(warning)
+    seed = _seed(config, checkpoint)
+    steps_per_epoch = 0
+
+    def steps_of(length: int) -> int:
+        nonlocal steps_per_epoch
+        steps_per_epoch = steps_in_epoch(
+            length, config.train_batch_size, machine.processes, config.gradient_accumulation_steps
+        )
+        return config.max_train_steps or config.num_train_epochs * steps_per_epoch
+
+    parts = assemble(config, machine, pictures, seed=seed, steps_of=steps_of, resumed=checkpoint is not None)
+    steps = steps_of(len(parts.dataset))
+    resolved = _resolved(config, parts, seed=seed, steps=steps, precision=precision)
+    progress = Progress(seed)
+    if checkpoint is not None:
+        path, content = checkpoint
+        restore_adapters(path, content, parts.models)
+        parts.trainer.load_state_dict(content.state)
+        progress = replace(Progress.from_json(dict(content.progress)), seed=seed)
+        logger.info(f"resuming at step {progress.step} from {path}")
+    folder.begin(to_yaml(resolved), fresh=checkpoint is None)
+    folder.forget_after(progress.step)
+    if accelerator.log_with:
+        # Trackers are often shared: no token, no path of this machine.
+        shared = {name: value for name, value in as_dict(resolved).items() if name not in PRIVATE}
+        accelerator.init_trackers("dreambooth-bilora-sdxl", config={name: value for name, value in shared.items() if value is not None})
+    run = Run(resolved, machine, accelerator, parts, folder, progress, steps, steps_per_epoch)
+    try:
+        started = time.time()
+        interrupted = run.fit()
+        folder.state("finishing", progress.step, steps, now=True)
+        summary = finish(resolved, machine, accelerator, parts, folder, progress, started, interrupted)
+        folder.state("interrupted" if interrupted else "finished", progress.step, steps, now=True)
+    except BaseException:
+        folder.state("failed", progress.step, steps, now=True)
+        raise
+    accelerator.end_training()
+    return Outcome(folder.path, interrupted, summary)
+
+
+PRIVATE = (
+    "hub_token",
+    "instance_data_dir",
+    "class_data_dir",
+    "output_dir",
+    "cache_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+    "init_lora_from",
+    "dataset_name",
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+)
+"""Flags whose values may be a path of this machine or a secret."""
+
+
+class Run:
+    """The loop around the step: what is logged, shown and saved, and when."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        machine: Machine,
+        accelerator: Accelerator,
+        parts: Parts,
+        folder: RunFolder,
+        progress: Progress,
+        steps: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self.config = config
+        self.machine = machine
+        self.accelerator = accelerator
+        self.parts = parts
+        self.folder = folder
+        self.progress = progress
+        self.steps = steps
+        self.previews = Previews(config, machine, accelerator, parts, folder, steps_per_epoch)
+        self.gap_interval = _gap_interval(config, steps)
+
+    def fit(self) -> bool:
+        """Trains up to the last step. Returns whether it was interrupted before."""
+        config, progress, trainer = self.config, self.progress, self.parts.trainer
+        rows_a_step = config.train_batch_size * config.gradient_accumulation_steps * self.machine.processes
+        bar = tqdm(
+            initial=progress.step, total=self.steps, desc=config.method, disable=not self.machine.is_main
+        )
+        batches = self._batches()
+        with Interruption() as interruption, bar:
+            while progress.step < self.steps:
+                began = time.perf_counter()
+                drawn = [self.parts.make_batch(next(batches)) for _ in range(config.gradient_accumulation_steps)]
+                micro_batches = trainer.micro_batches(drawn)
+                measuring = time.perf_counter()
+                self._measure_gap(micro_batches)
+                measured = time.perf_counter() - measuring
+                rate = trainer.schedulers[0].get_last_lr()[0]
+                step = trainer.training_step(micro_batches, progress.step, interruption.requested)
+                measures = {name: float(value) for name, value in self.parts.method.measures().items()}
+                seconds = time.perf_counter() - began - measured
+                progress.add_step(step, measures, rows_a_step, seconds)
+                self._log(bar, rate)
+                self._stop_if_hopeless()
+                self.previews.after_step(progress.step)
+                if step.stop or progress.step % config.checkpointing_steps == 0:
+                    self._save_checkpoint()
+                if step.stop:
+                    return progress.step < self.steps
+        return False
+
+    def _batches(self) -> Iterator[list[Row]]:
+        """This process's micro-batches from the next draw on, without end."""
+        draws = DrawBatches(
+            start=self.progress.draws,
+            rank=self.machine.rank,
+            world_size=self.machine.processes,
+            batch_size=self.config.train_batch_size,
+        )
+        loader = DataLoader(
+            self.parts.dataset,
+            batch_sampler=draws,
+            collate_fn=flatten,
+            num_workers=self.config.dataloader_num_workers,
+        )
+        return iter(loader)
+
+    def _measure_gap(self, micro_batches) -> None:
+        """On the rows of the step that comes next, with the perturbation it will be taken under."""
+        due = self.gap_interval and ((self.progress.step + 1) % self.gap_interval == 0)
+        if not due or not self.parts.method.parameters:
+            return
+        gap = measure_loss_gap(self.parts.models.values(), micro_batches)
+        means = average([torch.tensor(loss, device=self.machine.device) for loss in (gap.perturbed, gap.clean)])
+        self.progress.add_gap(LossGap(*(mean.item() for mean in means)))
+
+    def _log(self, bar: tqdm, rate: float) -> None:
+        progress = self.progress
+        shown: dict[str, float | None] = {"loss": progress.losses[-1], "lr": rate, **progress.last_measures}
+        if progress.gap_steps and progress.gap_steps[-1] == progress.step - 1:
+            shown["loss_gap"] = progress.last_gap
+        shown["seconds"] = progress.seconds[-1]
+        self.folder.metrics(progress.step, shown)
+        self.accelerator.log({name: value for name, value in shown.items() if value is not None}, step=progress.step)
+        self.folder.state("running", progress.step, self.steps)
+        bar.update(1)
+        loss = progress.losses[-1]
+        texts = {"loss": "not finite" if loss is None else f"{loss:.4f}", "lr": f"{rate:.1e}"}
+        if "c_over_rho" in progress.last_measures:
+            texts["c/rho"] = f"{progress.last_measures['c_over_rho']:.2f}"
+        if progress.last_gap is not None:
+            texts["gap"] = f"{progress.last_gap:+.1e}"
+        texts["s/step"] = f"{progress.seconds[-1]:.2f}"
+        bar.set_postfix(texts, refresh=False)
+
+    def _stop_if_hopeless(self) -> None:
+        if self.progress.skipped_in_a_row >= self.config.max_bad_steps:
+            raise UserError(
+                f"the loss or its gradient was not finite {self.progress.skipped_in_a_row} steps in a row (up to step "
+                f"{self.progress.step}); try a lower --learning_rate, a lower --rho, or --mixed_precision bf16 in "
+                "place of fp16. Checkpoints made before are whole"
+            )
+
+    def _save_checkpoint(self) -> None:
+        parts, config = self.parts, self.config
+        if self.machine.is_main:
+            auxiliary = {
+                f"{part}.{name}": parameter
+                for part, model in parts.models.items()
+                for name, parameter in parameters_of(model, AUXILIARY).items()
+            }
+            checkpoint = Checkpoint(
+                _identity(config), self.progress.to_json(), parts.trainer.state_dict(), auxiliary
+            )
+            with auxiliary_off(parts.models.values()):
+                save_checkpoint(
+                    self.folder.path,
+                    checkpoint,
+                    lambda folder: save_loras(folder, config, parts, self.progress, checkpoint=True),
+                    config.checkpoints_total_limit,
+                )
+        self.machine.wait()
+
+
+def _identity(config: TrainingConfig) -> dict[str, Any]:
+    """The flags that a checkpoint's tensors depend on."""
+    identity: dict[str, Any] = {
+        "method": config.method,
+        "rank": config.rank,
+        "lora_alpha": config.lora_alpha or float(config.rank),
+        "lora_layers": config.lora_layers,
+        "train_text_encoder": config.train_text_encoder,
+        "use_dora": config.use_dora,
+        "optimizer": config.optimizer,
+    }
+    if config.method == "bilora":
+        identity |= {"auxiliary_rank": config.auxiliary_rank or config.rank, "ascent": config.ascent}
+    return identity
+
+
+def _checkpoint_to_resume(config: TrainingConfig, folder: RunFolder) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint to go on from, read and found to fit; None for a fresh run, which may need the folder free."""
+    if config.resume_from_checkpoint is not None:
+        path = find_checkpoint(folder.path, config.resume_from_checkpoint)
+        if path is not None:
+            return path, load_checkpoint(path, _identity(config))
+        logger.info(f"--resume_from_checkpoint latest: no checkpoint in {folder.path} yet, starting a new run")
+    if not config.overwrite_output_dir:
+        folder.refuse_another_run()
+    return None
+
+
+def _seed(config: TrainingConfig, checkpoint: tuple[Path, Checkpoint] | None) -> int:
+    """--seed, else the resumed run's, else a new one; the same on every process."""
+    saved = checkpoint[1].progress["seed"] if checkpoint else None
+    if config.seed is not None:
+        if saved is not None and saved != config.seed:
+            logger.warning(f"--seed {config.seed}: the run that is resumed had {saved}; its next draws will be others")
+        return config.seed
+    if saved is not None:
+        return saved
+    return broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+
+
+def _gap_interval(config: TrainingConfig, steps: int) -> int:
+    """Every how many steps the loss gap is measured; 0 = never."""
+    if config.loss_gap_steps is not None:
+        return config.loss_gap_steps
+    return max(1, min(50, steps // 10))
+
+
+def _resolved(
+    config: TrainingConfig, parts: Parts, *, seed: int, steps: int, precision: str
+) -> TrainingConfig:
+    """The configuration with everything that was left open filled in, so that it gives the same run again."""
+    changes: dict[str, Any] = {
+        "seed": seed,
+        "max_train_steps": steps,
+        "resolution": parts.resolution,
+        "lora_alpha": float(config.lora_alpha or config.rank),
+        "mixed_precision": precision,
+    }
+    if parts.radius is not None:
+        changes |= {
+            "rho": parts.radius.rho,
+            "rho_relative": None,
+            "auxiliary_rank": config.auxiliary_rank or config.rank,
+        }
+    return replace(config, **changes)
+
+
+def _precision(config: TrainingConfig) -> str:
+    """--mixed_precision, else what accelerate was configured or launched with."""
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in DTYPES:
+        raise UserError(f"accelerate is set to mixed precision {precision}: give --mixed_precision no, fp16 or bf16")
+    if precision == "bf16" and torch.backends.mps.is_available():
+        raise UserError("--mixed_precision bf16 does not work on Apple's GPUs: use fp16 or no")
+    return precision
+
+
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                f"accelerate is set up for {name}: the adapters are too small to be worth it and this trainer averages "
+                "their gradients itself; run `accelerate config` and choose multi-GPU or a single process"
+            )
+    if config.allow_tf32 and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+    log_with = check_trackers(config.report_to)
+    project = ProjectConfiguration(
+        project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
+    )
+    # Autocast and fp16's loss scale are the trainer's own: both adapters must share one scale.
+    return Accelerator(mixed_precision="no", log_with=log_with, project_config=project)
+
+
+def _set_up_logging(machine: Machine) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if machine.is_main else logging.ERROR)

@@ -1,0 +1,113 @@
+"""Pictures from a pipeline: previews while training, the final pictures, class pictures.
+
+The UNet may run in half precision; the VAE always decodes in float32 (SDXL's overflows in float16, which shows as black
+pictures) and need not exist while the UNet runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from bilora_diffusion.randomness import generator
+
+__all__ = ["PromptEmbeddings", "embed_for_sampling", "sample_pictures", "use_sampling_scheduler"]
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """A prompt for guided sampling, both sides: keys are the pipeline's own argument names, values on the CPU."""
+
+    tensors: Mapping[str, Tensor]
+
+    def arguments(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
+
+
+@torch.no_grad()
+def embed_for_sampling(
+    pipeline: StableDiffusionXLPipeline, prompt: str, device: torch.device
+) -> PromptEmbeddings:
+    """What the pipeline would make of a prompt and an empty negative one; the text encoders can be freed after it."""
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+    tensors = pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=True)
+    return PromptEmbeddings({name: tensor.cpu() for name, tensor in zip(names, tensors, strict=True)})
+
+
+def use_sampling_scheduler(pipeline: StableDiffusionXLPipeline) -> None:
+    """DPM-Solver++ for the base's schedule, as the stock script's previews. An EDM base keeps its own scheduler."""
+    if type(pipeline.scheduler).__name__.startswith("EDM"):
+        return
+    changes = {}
+    if getattr(pipeline.scheduler.config, "variance_type", None) in ("learned", "learned_range"):
+        changes["variance_type"] = "fixed_small"  # the loss trains no variance
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **changes)
+
+
+@torch.no_grad()
+def sample_pictures(
+    pipeline: StableDiffusionXLPipeline,
+    prompt: str | PromptEmbeddings,
+    *,
+    numbers: Sequence[int],
+    seed: int,
+    resolution: int,
+    load_vae: Callable[[], nn.Module],
+    steps: int = 25,
+    batch_size: int = 1,
+) -> list[Image.Image]:
+    """Square pictures of one prompt.
+
+    Arguments:
+        pipeline: without a VAE; with text encoders if the prompt is text. Its scheduler is used as it is.
+        numbers: one a picture; picture i starts from the noise of (seed, i), whatever the batch size.
+        resolution: side in pixels.
+        load_vae: gives the VAE, in float32 on the device; called once, after the UNet is done.
+        steps: denoising steps; 25 is the stock script's.
+    """
+    device, dtype = pipeline.unet.device, pipeline.unet.dtype
+    pipeline.set_progress_bar_config(disable=True)
+    training = pipeline.unet.training
+    pipeline.unet.eval()
+    latents = []
+    for start in range(0, len(numbers), batch_size):
+        group = numbers[start : start + batch_size]
+        if isinstance(prompt, str):
+            arguments = {"prompt": prompt}
+        else:
+            arguments = prompt.arguments(device, dtype)
+        batch = pipeline(
+            **arguments,
+            num_images_per_prompt=len(group),
+            num_inference_steps=steps,
+            height=resolution,
+            width=resolution,
+            generator=[generator(seed, "sample", number) for number in group],
+            output_type="latent",
+        ).images
+        latents.extend(batch.float())
+    pipeline.unet.train(training)
+    return decode(load_vae(), latents)
+
+
+def decode(vae: nn.Module, latents: Sequence[Tensor]) -> list[Image.Image]:
+    """Latents (4, H/8, W/8) as the UNet scales them to pictures, one at a time to spare memory."""
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    pictures = []
+    for latent in latents:
+        latent = latent / vae.config.scaling_factor
+        if mean is not None and std is not None:
+            shape = (-1, 1, 1)
+            latent = latent * torch.tensor(std).view(shape).to(latent) + torch.tensor(mean).view(shape).to(latent)
+        pixels = vae.decode(latent[None].to(vae.device, vae.dtype)).sample[0]
+        pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+        pictures.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
+    return pictures

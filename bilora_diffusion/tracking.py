@@ -1,0 +1,69 @@
+"""Trackers (tensorboard, wandb, trackio, ...) through accelerate, pictures included."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from PIL import Image
+
+from bilora_diffusion.errors import UserError
+
+__all__ = ["check_trackers", "log_pictures"]
+
+PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "comet_ml": "comet_ml",
+    "aim": "aim",
+    "mlflow": "mlflow",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+}
+
+
+def check_trackers(report_to: str) -> str | None:
+    """What accelerate's `log_with` should be for `--report_to`; None for `none`.
+
+    Raises:
+        UserError: an unknown tracker, or one that is not installed.
+    """
+    if report_to in ("none", ""):
+        return None
+    if report_to == "all":
+        return "all"
+    if report_to not in PACKAGES:
+        raise UserError(f"--report_to {report_to}: known are {', '.join(PACKAGES)}, all and none")
+    if importlib.util.find_spec(PACKAGES[report_to]) is None:
+        package = PACKAGES[report_to]
+        raise UserError(f"--report_to {report_to} needs the package {package}: pip install {package}, or take none")
+    return report_to
+
+
+def log_pictures(
+    accelerator: Accelerator, name: str, pictures: Sequence[Image.Image], prompt: str, step: int
+) -> None:
+    """Shows pictures in every tracker that can."""
+    for tracker in accelerator.trackers:
+        _log_to(tracker, name, pictures, prompt, step)
+
+
+def _log_to(
+    tracker: GeneralTracker, name: str, pictures: Sequence[Image.Image], prompt: str, step: int
+) -> None:
+    if tracker.name == "tensorboard":
+        stacked = np.stack([np.asarray(picture) for picture in pictures])
+        tracker.writer.add_images(name, stacked, step, dataformats="NHWC")
+    elif tracker.name in ("wandb", "trackio"):
+        module: Any = importlib.import_module(tracker.name)
+        values: Mapping[str, Any] = {
+            f"{name}/{number}": module.Image(picture, caption=prompt) for number, picture in enumerate(pictures)
+        }
+        tracker.log(values, step=step)
+    elif tracker.name == "comet_ml":
+        for number, picture in enumerate(pictures):
+            tracker.writer.log_image(picture, name=f"{name}/{number}", step=step)

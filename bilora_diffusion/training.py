@@ -1,0 +1,139 @@
+"""The training step: Algorithm 1 of the paper, with any method in Bi-LoRA's place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilora_diffusion.batches import Batch, TrainingMicroBatch
+from bilora_diffusion.diffusion import Objective
+from bilora_diffusion.methods import Method
+from bilora_diffusion.processes import average_gradients
+from bilora_diffusion.randomness import stream_seed
+
+__all__ = ["Step", "Trainer"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of one optimiser step.
+
+    Arguments:
+        loss: the back-propagated loss, mean over micro-batches and processes.
+        applied: False where the step was skipped: the loss or a gradient was not finite.
+        stop: some process wants to stop after this step.
+    """
+
+    loss: float
+    applied: bool
+    stop: bool
+
+
+class Trainer:
+    """The state that a step changes: adapters, optimisers, schedules, loss scale.
+
+    Arguments:
+        models: the trained parts by name, frozen but for their adapters, on one device.
+        primary: the primary's parameters by part.
+        optimizer: descends on them.
+        method: see `methods.interface`.
+        schedulers: learning-rate schedules of the optimiser and of the method's own; stepped together.
+        compute_dtype: of the forward pass.
+        max_grad_norm: bound on the global norm of the primary's gradient; 0 = none. The auxiliary's gradient has no
+            part in it.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        objective: Objective,
+        primary: Mapping[str, Sequence[nn.Parameter]],
+        optimizer: torch.optim.Optimizer,
+        method: Method,
+        schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
+        *,
+        compute_dtype: torch.dtype,
+        max_grad_norm: float,
+        seed: int,
+    ) -> None:
+        self.models = models
+        self.objective = objective
+        self.primary = [parameter for part in primary.values() for parameter in part]
+        self.optimizer = optimizer
+        self.method = method
+        self.schedulers = schedulers
+        self.compute_dtype = compute_dtype
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        self.trained = [*self.primary, *method.parameters]
+        device = self.primary[0].device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=compute_dtype == torch.float16)
+        # The scaler takes its scale off the gradients of an optimiser. Both adapters must come off together and be
+        # skipped together, so it is shown one that holds both and never steps.
+        self._all_gradients = torch.optim.SGD(self.trained, lr=0.0) if self.scaler.is_enabled() else None
+
+    def micro_batches(self, batches: Sequence[Batch]) -> list[TrainingMicroBatch]:
+        """Binds the drawn rows of one optimiser step to the models."""
+        share = 1 / len(batches)
+        return [
+            TrainingMicroBatch(batch, self.models, self.objective, self.compute_dtype, share, self.scaler)
+            for batch in batches
+        ]
+
+    def training_step(self, micro_batches: Sequence[TrainingMicroBatch], number: int, stop: bool = False) -> Step:
+        """One optimiser step.
+
+        Arguments:
+            number: of this step in the run, from 0; the seed of what dropout draws.
+            stop: this process would like the run to end after this step.
+        """
+        torch.manual_seed(stream_seed(self.seed, "dropout", number, self.rank))
+        loss = self.method.accumulate(micro_batches)  # at W0 + s1 B1 A1 + s2 B2 A2
+        wishes = torch.tensor(float(stop), device=loss.device)
+        loss, wishes = average_gradients(self.trained, loss, wishes)
+        norm = self._unscaled_norm()
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))  # the step's one wait for the device
+        if finite:
+            self._clip_primary()
+            self.optimizer.step()  # descent on (A1, B1)
+            self.method.after_step()  # Bi-LoRA: ascent on (A2, B2), then the global clip
+            for scheduler in self.schedulers:
+                scheduler.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        for parameter in self.trained:
+            parameter.grad = None
+        return Step(loss.item(), finite, wishes.item() > 0)
+
+    @property
+    def rank(self) -> int:
+        """Of this process: dropout differs between processes as it does between rows."""
+        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+    def _unscaled_norm(self) -> Tensor:
+        """Takes fp16's loss scale off all gradients; their global norm tells whether one of them is not finite."""
+        if self._all_gradients is not None:
+            self.scaler.unscale_(self._all_gradients)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+
+    def _clip_primary(self) -> None:
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.primary, self.max_grad_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the adapters' weights. Random numbers need no state: see `randomness`."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "scaler": self.scaler.state_dict(),
+            "method": self.method.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.method.load_state_dict(state["method"])
