@@ -140,9 +140,9 @@ def kohya_name(part: str, module: str, config: Mapping | None = None) -> str:
 def sgm_path(module: str, config: Mapping | None = None) -> str:
     """A diffusers UNet's module path in Stability's naming.
 
-    Blocks are counted through all resolutions, 3 to each in SDXL. Input block 0 is `conv_in`; input blocks and
-    output blocks hold a resnet (0) and, where the resolution has attention, a transformer (1); a resolution's
-    last input block is its downsampler, its last output block has the upsampler as its last member.
+    Blocks are counted through all resolutions, 3 to each in SDXL. Input block 0 is `conv_in`. A block holds a
+    resnet (0) and, where the resolution has attention, a transformer (1); a resolution's last input block is
+    its downsampler, and the last member of its last output block the upsampler.
     """
     if module in OUTER_MODULES:
         return OUTER_MODULES[module]

@@ -12,7 +12,6 @@ what the others miss:
 """
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,41 +30,29 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, adapted_layers
 from bilora_diffusion.export import portable_name
 from bilora_diffusion.kohya import has_kohya_keys, kohya_tensors
-from bilora_diffusion.randomness import generator
+from bilora_diffusion.outputs import PARTS, Outputs, base_dtype, compare_outputs, record_outputs
 
 __all__ = [
-    "PARTS",
     "TOLERANCES",
     "LayerRecord",
-    "Outputs",
     "TrainedRecord",
     "Verification",
     "VerificationError",
-    "compare_outputs",
-    "record_outputs",
     "record_trained",
     "strip_adapters",
     "verify_file",
 ]
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Relative L2 difference of an output that is put down to arithmetic, by the dtype of the part's base.
 
-Seen on the tiny SDXL, whose adapters changed the outputs by 0.01 to 0.2: exactly 0 in float32, up to 1.8e-3
-in float16 and 1.3e-2 in bfloat16, where the loader rounds the adapters to the base's dtype and every sum
-rounds anew. A file of lower precision than the base adds its own rounding, seen to be 0.4 eps times the
-adapters' effect.
+Seen on a CPU, on the tiny SDXL, whose adapters changed the outputs by 0.01 to 0.2: exactly 0 in float32, up
+to 1.8e-3 in float16 and 1.3e-2 in bfloat16, where the loader rounds the adapters to the base's dtype and all
+sums round anew; on SDXL's full size with random weights, 1.6e-2 in bfloat16. A file of lower precision than
+the base adds its own rounding, seen to be 0.5 eps times the adapters' effect.
 """
-FILE_ROUNDINGS = 4.0  # ten times what was seen
+FILE_ROUNDINGS = 4.0  # eight times what was seen
 
-Outputs = dict[str, Tensor]
-"""Name -> value, float32 on the CPU: `unet`, `text_encoder.hidden`, `text_encoder.pooled`, ..."""
-
-TIMESTEPS = (20, 801)  # one where nearly all is picture, one where nearly all is noise
-LATENT_SIDE = 16  # divisible by the 4 of SDXL's two halvings; small, as SDXL's UNet may run on a CPU here
-TOKENS = 77
 COMPLAINTS = (
     "unexpected",
     "missing",
@@ -196,32 +183,6 @@ def record_trained(models: Mapping[str, nn.Module]) -> TrainedRecord:
     return TrainedRecord(layers, record_outputs(models))
 
 
-@torch.no_grad()
-def record_outputs(models: Mapping[str, nn.Module]) -> Outputs:
-    """The models' outputs on fixed inputs, the same on every call.
-
-    The UNet predicts at two timesteps for noise and random conditioning; a text encoder gives the hidden
-    states that SDXL reads (the last but one) and its pooled output, for a fixed sequence of tokens. Models
-    run in evaluation mode where they are and as they are; their mode and the global random state are left as
-    found.
-    """
-    outputs: Outputs = {}
-    for part, model in models.items():
-        with _evaluation_mode(model):
-            if part == "unet":
-                outputs["unet"] = _as_float(_unet_output(model))
-            else:
-                hidden, pooled = _text_outputs(model)
-                outputs[f"{part}.hidden"] = _as_float(hidden)
-                outputs[f"{part}.pooled"] = _as_float(pooled)
-    return outputs
-
-
-def compare_outputs(outputs: Outputs, reference: Outputs) -> dict[str, float]:
-    """||x - y|| / ||y|| of every output, in float64; infinite where one is not finite or all zero."""
-    return {name: _relative_difference(outputs[name], reference[name]) for name in reference}
-
-
 def strip_adapters(model: nn.Module) -> None:
     """Removes every adapter and its wrappers: the base is left with its own modules, weights and names."""
     recurse_remove_peft_layers(model)
@@ -268,7 +229,7 @@ def verify_file(
     base_outputs = record_outputs(models) if base_outputs is None else base_outputs
     effects = compare_outputs(base_outputs, trained.outputs)
     tolerances = {
-        name: _tolerance(_dtype(models[name.split(".")[0]]), file_dtype, effect)
+        name: _tolerance(base_dtype(models[name.split(".")[0]]), file_dtype, effect)
         if tolerance is None
         else tolerance
         for name, effect in effects.items()
@@ -297,8 +258,8 @@ def verify_file(
     return Verification(errors.file, layout, layers, differences, effects, tolerances)
 
 
-def _tolerance(base_dtype: torch.dtype, file_dtype: torch.dtype, effect: float) -> float:
-    return TOLERANCES.get(base_dtype, TOLERANCES[torch.float32]) + FILE_ROUNDINGS * torch.finfo(
+def _tolerance(dtype: torch.dtype, file_dtype: torch.dtype, effect: float) -> float:
+    return TOLERANCES.get(dtype, TOLERANCES[torch.float32]) + FILE_ROUNDINGS * torch.finfo(
         file_dtype
     ).eps * min(effect, 1.0)
 
@@ -435,77 +396,8 @@ def _loader_messages() -> Iterator[list[str]]:
             logger.setLevel(level)
 
 
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, no dropout; afterwards every module has the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _unet_output(unet: nn.Module) -> Tensor:
-    """The prediction for noise (2, C, 16, 16) at `TIMESTEPS`, one row each."""
-    config = unet.config
-    rows, draw = len(TIMESTEPS), generator(0, "verification", "unet")
-    place = {"device": _device(unet), "dtype": _dtype(unet)}
-    pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    latents = torch.randn(rows, config.in_channels, LATENT_SIDE, LATENT_SIDE, generator=draw)
-    prompt_embeds = torch.randn(rows, TOKENS, config.cross_attention_dim, generator=draw)
-    pooled_prompt_embeds = torch.randn(rows, pooled_width, generator=draw)
-    side = 8.0 * LATENT_SIDE
-    conditions = {
-        "text_embeds": pooled_prompt_embeds.to(**place),
-        "time_ids": torch.tensor([[side, side, 0.0, 0.0, side, side]]).expand(rows, -1).to(**place),
-    }
-    timesteps = torch.tensor(TIMESTEPS, device=place["device"])
-    return unet(
-        latents.to(**place),
-        timesteps,
-        encoder_hidden_states=prompt_embeds.to(**place),
-        added_cond_kwargs=conditions,
-        return_dict=False,
-    )[0]
-
-
-def _text_outputs(encoder: nn.Module) -> tuple[Tensor, Tensor]:
-    """The last hidden state but one (1, 77, width) and the pooled output (1, width) for fixed tokens."""
-    config = encoder.config
-    length = min(TOKENS, config.max_position_embeddings)
-    # The multiplier only scatters the ids; the last is the highest, which CLIP pools at, in any vocabulary.
-    ids = torch.arange(length) * 7919 % (config.vocab_size - 1)
-    ids[-1] = config.vocab_size - 1
-    out = encoder(ids[None].to(_device(encoder)), output_hidden_states=True)
-    pooled = out.text_embeds if "text_embeds" in out else out.pooler_output
-    return out.hidden_states[-2], pooled
-
-
-def _relative_difference(value: Tensor, reference: Tensor) -> float:
-    reference = reference.double()
-    difference = ((value.double() - reference).norm() / reference.norm()).item()
-    return difference if math.isfinite(difference) else math.inf
-
-
-def _as_float(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu()
-
-
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """The base's own dtype: adapters are in float32 on any base."""
-    return next(
-        p.dtype for name, p in model.named_parameters() if ".lora_" not in name and p.is_floating_point()
-    )
 
 
 def _shortened(names: Sequence[str], most: int = 8) -> str:

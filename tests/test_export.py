@@ -21,13 +21,12 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import DIFFUSERS_FILE, primary_layers, save_diffusers
 from bilora_diffusion.facts import LoraFacts, bilora_metadata, shared_base_name, tag_frequency
 from bilora_diffusion.kohya import KOHYA_FILE, save_kohya, why_not_kohya
+from bilora_diffusion.outputs import PARTS, record_outputs
 from bilora_diffusion.tiny import build_tiny_random
 from bilora_diffusion.verification import (
-    PARTS,
     TrainedRecord,
     Verification,
     VerificationError,
-    record_outputs,
     record_trained,
     strip_adapters,
     verify_file,
