@@ -21,14 +21,9 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, par
 from bilora_diffusion.bases import Base
 from bilora_diffusion.batches import BatchMaker
 from bilora_diffusion.config import TrainingConfig
-from bilora_diffusion.data.dreambooth import (
-    DreamBoothDataset,
-    Picture,
-    class_pictures,
-    find_pictures,
-    pictures_of_dataset,
-)
+from bilora_diffusion.data.dreambooth import DreamBoothDataset
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
+from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.initial import copy_lora_into, read_lora

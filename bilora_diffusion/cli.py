@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         config = command_line.parse(argv)
-        from bilora_diffusion.run import train  # torch and diffusers: not before the flags are known to be right
+        from bilora_diffusion.run import (
+            train,  # torch and diffusers: not before the flags are known to be right
+        )
 
         return INTERRUPTED if train(config).interrupted else 0
     except UserError as error:

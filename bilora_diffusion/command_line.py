@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import yaml
 
 from bilora_diffusion import __version__
-from bilora_diffusion.config import FLAGS, GROUPS, RIVALS, Flag, TrainingConfig, checked, nearest, show
+from bilora_diffusion.config import FLAGS, GROUPS, RIVALS, TrainingConfig
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.flags import Flag, checked, nearest, show
 
 __all__ = ["flags_markdown", "parse", "read_config_file"]
 
@@ -94,9 +95,7 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", action="append", help="file of flags and their values"
-    )
+    parser.add_argument("--config", metavar="FILE.yaml", action="append", help="file of flags and their values")
     for group in GROUPS:
         section = parser.add_argument_group(group)
         for flag in FLAGS.values():
@@ -166,9 +165,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         where = f"{path}, line {line}"
         if key not in FLAGS:
             guess = nearest(key, FLAGS)
-            hint = (
-                f"did you mean {guess}?" if guess else "keys are flag names without dashes, --help lists them"
-            )
+            hint = f"did you mean {guess}?" if guess else "keys are flag names without dashes, --help lists them"
             raise UserError(f"{where}: unknown key {show(key)}: {hint}")
         if key in values:
             raise UserError(f"{where}: {key} is set a second time: keep one of the two")
@@ -186,11 +183,7 @@ def _entries(path: str) -> Iterator[tuple[int, str, Any]]:
         if not isinstance(root, yaml.MappingNode):
             raise UserError(f"--config {path}: it must hold lines of the form flag: value")
         for key, value in root.value:
-            name = (
-                key.value
-                if isinstance(key, yaml.ScalarNode)
-                else str(loader.construct_object(key, deep=True))
-            )
+            name = key.value if isinstance(key, yaml.ScalarNode) else str(loader.construct_object(key, deep=True))
             yield key.start_mark.line + 1, name, loader.construct_object(value, deep=True)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror or error}") from error

@@ -5,31 +5,35 @@ is written once. This module imports neither torch nor diffusers: `--help` and a
 """
 
 import dataclasses
-import difflib
 import math
 import os
-import re
-import reprlib
-import types
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal
 
 import yaml
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.flags import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Flag,
+    Range,
+    checked,
+    flag,
+    flag_of,
+    show,
+)
 
 __all__ = [
     "FLAGS",
     "GROUPS",
     "METHOD_NAMES",
     "RIVALS",
-    "Flag",
-    "Range",
     "TrainingConfig",
     "as_dict",
-    "checked",
-    "nearest",
-    "show",
     "to_yaml",
 ]
 
@@ -50,75 +54,6 @@ OUTPUT = "Output"
 LOGGING = "Logging and hub"
 MACHINE = "Machine"
 GROUPS = (METHOD, BASE, DATA, PRIOR, TRAINING, OPTIMISER, PREVIEWS, CHECKPOINTS, OUTPUT, LOGGING, MACHINE)
-
-Origin = Literal["stock", "diffusers", "bilora"]
-
-
-@dataclass(frozen=True)
-class Range:
-    """An interval of finite numbers, its ends counted unless `open_*`; as text, what messages say."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-    multiple_of: int = 1
-
-    def __contains__(self, number: float) -> bool:
-        above = number > self.low if self.open_low else number >= self.low
-        below = number < self.high if self.open_high else number <= self.high
-        whole = self.multiple_of == 1 or number % self.multiple_of == 0
-        return above and below and whole and abs(number) < math.inf
-
-    def __str__(self) -> str:
-        if math.isinf(self.high):
-            text = f"{'>' if self.open_low else '>='} {self.low:g}"
-        else:
-            ends = f"{'(' if self.open_low else '['}", f"{')' if self.open_high else ']'}"
-            text = f"in {ends[0]}{self.low:.12g}, {self.high:.12g}{ends[1]}"
-        return text if self.multiple_of == 1 else f"{text} and a multiple of {self.multiple_of}"
-
-
-POSITIVE = Range(0, open_low=True)
-NOT_NEGATIVE = Range(0)
-AT_LEAST_ONE = Range(1)
-FRACTION = Range(0, 1)
-BELOW_ONE = Range(0, 1, open_high=True)
-
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    group: str,
-    within: Range | None = None,
-    choices: tuple[str, ...] = (),
-    origin: Origin = "stock",
-    departure: str = "",
-    may_be_empty: bool = False,
-) -> Any:
-    """A dataclass field that is also a flag.
-
-    Arguments:
-        default: the value when neither command line nor file says one; `dataclasses.MISSING`: required.
-        help: one line: the meaning, the unit, and what "unset" does.
-        group: the heading in `--help`, one of `GROUPS`.
-        within: the numbers allowed.
-        choices: the words allowed, where the annotation is not a `Literal` that says them.
-        origin: who named it: the stock SDXL DreamBooth LoRA script, newer diffusers scripts, or this project.
-        departure: for a stock flag, in what it differs from the stock script.
-        may_be_empty: whether an empty text means something (it does for a prompt).
-    """
-    metadata = {
-        "help": help,
-        "group": group,
-        "within": within,
-        "choices": choices,
-        "origin": origin,
-        "departure": departure,
-        "may_be_empty": may_be_empty,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -260,9 +195,7 @@ class TrainingConfig:
         "data set of the pictures to learn: a hub id or a local path; or --instance_data_dir",
         group=DATA,
     )
-    dataset_config_name: str | None = flag(
-        None, "configuration of --dataset_name, if it has several", group=DATA
-    )
+    dataset_config_name: str | None = flag(None, "configuration of --dataset_name, if it has several", group=DATA)
     image_column: str = flag("image", "column of --dataset_name that holds the picture", group=DATA)
     caption_column: str | None = flag(
         None, "column of the data set, or key in metadata.jsonl, that holds the caption", group=DATA
@@ -370,9 +303,7 @@ class TrainingConfig:
         group=TRAINING,
         within=POSITIVE,
     )
-    do_edm_style_training: bool = flag(
-        False, "train in the EDM formulation (arXiv 2206.00364)", group=TRAINING
-    )
+    do_edm_style_training: bool = flag(False, "train in the EDM formulation (arXiv 2206.00364)", group=TRAINING)
     max_grad_norm: float = flag(
         1.0,
         "the primary's gradient is scaled down to this norm; the auxiliary's does not count",
@@ -388,9 +319,7 @@ class TrainingConfig:
     )
 
     # --- Learning rate and optimiser ---
-    learning_rate: float = flag(
-        1e-4, "peak learning rate (about 1 with Prodigy)", group=OPTIMISER, within=NOT_NEGATIVE
-    )
+    learning_rate: float = flag(1e-4, "peak learning rate (about 1 with Prodigy)", group=OPTIMISER, within=NOT_NEGATIVE)
     text_encoder_lr: float = flag(
         5e-6,
         "peak learning rate of the text encoders; with Prodigy --learning_rate is used for them too",
@@ -398,9 +327,7 @@ class TrainingConfig:
         within=NOT_NEGATIVE,
         departure="0 means 0 (there it means --learning_rate)",
     )
-    scale_lr: bool = flag(
-        False, "multiply --learning_rate by processes, accumulation and batch size", group=OPTIMISER
-    )
+    scale_lr: bool = flag(False, "multiply --learning_rate by processes, accumulation and batch size", group=OPTIMISER)
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = flag("constant", "course of the learning rate", group=OPTIMISER)
@@ -427,9 +354,7 @@ class TrainingConfig:
     )
     adam_beta1: float = flag(0.9, "beta1 of AdamW and Prodigy", group=OPTIMISER, within=BELOW_ONE)
     adam_beta2: float = flag(0.999, "beta2 of AdamW and Prodigy", group=OPTIMISER, within=BELOW_ONE)
-    adam_weight_decay: float = flag(
-        1e-4, "weight decay of the UNet's LoRA", group=OPTIMISER, within=NOT_NEGATIVE
-    )
+    adam_weight_decay: float = flag(1e-4, "weight decay of the UNet's LoRA", group=OPTIMISER, within=NOT_NEGATIVE)
     adam_weight_decay_text_encoder: float = flag(
         1e-3, "weight decay of the text encoders' LoRA", group=OPTIMISER, within=NOT_NEGATIVE
     )
@@ -484,9 +409,7 @@ class TrainingConfig:
         origin="diffusers",
         may_be_empty=True,
     )
-    skip_final_inference: bool = flag(
-        False, "make no pictures at the end", group=PREVIEWS, origin="diffusers"
-    )
+    skip_final_inference: bool = flag(False, "make no pictures at the end", group=PREVIEWS, origin="diffusers")
 
     # --- Checkpoints ---
     checkpointing_steps: int = flag(
@@ -500,9 +423,7 @@ class TrainingConfig:
     )
 
     # --- Output ---
-    output_dir: str = flag(
-        "lora-dreambooth-model", "folder that gets everything the run writes", group=OUTPUT
-    )
+    output_dir: str = flag("lora-dreambooth-model", "folder that gets everything the run writes", group=OUTPUT)
     overwrite_output_dir: bool = flag(
         False,
         "allow an --output_dir that holds another run; nothing is overwritten by a resumed run",
@@ -544,9 +465,7 @@ class TrainingConfig:
     )
     logging_dir: str = flag("logs", "folder of the tracker's files, inside --output_dir", group=LOGGING)
     push_to_hub: bool = flag(False, "upload the result to the model hub", group=LOGGING)
-    hub_model_id: str | None = flag(
-        None, "repository to upload to; unset: the name of --output_dir", group=LOGGING
-    )
+    hub_model_id: str | None = flag(None, "repository to upload to; unset: the name of --output_dir", group=LOGGING)
     hub_token: str | None = flag(
         None,
         "token for the upload, never saved; better: log in once with the hub's own command",
@@ -594,19 +513,14 @@ class TrainingConfig:
                     raise UserError(f"--with_prior_preservation needs --{name}: set it, or leave both out")
         # What is written into the folder of pictures would be learnt as the subject next time.
         for name in ("class_data_dir", "output_dir"):
-            if self.instance_data_dir is not None and _same_folder(
-                getattr(self, name), self.instance_data_dir
-            ):
+            if self.instance_data_dir is not None and _same_folder(getattr(self, name), self.instance_data_dir):
                 raise UserError(
-                    f"--{name} is the folder of --instance_data_dir, {show(self.instance_data_dir)}: "
-                    "give it its own"
+                    f"--{name} is the folder of --instance_data_dir, {show(self.instance_data_dir)}: give it its own"
                 )
 
     def _validate_method(self) -> None:
         if self.rho is not None and self.rho_relative is not None:
-            raise UserError(
-                "--rho and --rho_relative are both set: they are one radius, give only one of them"
-            )
+            raise UserError("--rho and --rho_relative are both set: they are one radius, give only one of them")
         if self.lora_layers is not None and not all(name.strip() for name in self.lora_layers.split(",")):
             raise UserError(
                 f"--lora_layers is {show(self.lora_layers)}: it must be module names with a comma between "
@@ -622,9 +536,7 @@ class TrainingConfig:
         if self.optimizer != "prodigy":
             return
         if self.use_8bit_adam:
-            raise UserError(
-                "--use_8bit_adam works only with --optimizer AdamW, not with prodigy: leave it out"
-            )
+            raise UserError("--use_8bit_adam works only with --optimizer AdamW, not with prodigy: leave it out")
         needs_rate = self.method == "bilora" and self.ascent in ("adamw", "sgd")
         if needs_rate and self.auxiliary_learning_rate is None:
             raise UserError(
@@ -634,9 +546,7 @@ class TrainingConfig:
 
     def _validate_rest(self) -> None:
         if self.do_edm_style_training and self.snr_gamma is not None:
-            raise UserError(
-                "--snr_gamma cannot be used with --do_edm_style_training, which has its own weights"
-            )
+            raise UserError("--snr_gamma cannot be used with --do_edm_style_training, which has its own weights")
         if self.report_to == "wandb" and self.hub_token is not None:
             raise UserError(
                 "--report_to wandb and --hub_token exclude each other, as the token could reach the tracker: "
@@ -704,113 +614,7 @@ class TrainingConfig:
         ]
 
 
-@dataclass(frozen=True)
-class Flag:
-    """One field of `TrainingConfig`, as the command line, the files and the docs need it."""
-
-    name: str
-    kind: type  # bool, int, float or str
-    optional: bool  # whether it may be None
-    default: Any  # dataclasses.MISSING: required
-    help: str
-    group: str
-    within: Range | None
-    choices: tuple[str, ...]
-    origin: Origin
-    departure: str
-    may_be_empty: bool
-
-    @property
-    def required(self) -> bool:
-        return self.default is dataclasses.MISSING
-
-    @property
-    def allowed(self) -> str:
-        """What a value must be, as a message ends: "an integer >= 1"."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        noun = {bool: "true or false", int: "an integer", float: "a number", str: "text"}[self.kind]
-        return f"{noun} {self.within}" if self.within else noun
-
-
-def _flag_of(field: dataclasses.Field) -> Flag:
-    """Reads `X`, `X | None`, `Literal[...]` or `Literal[...] | None` off the annotation."""
-    kind: Any = field.type
-    optional = get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
-    if optional:
-        (kind,) = (one for one in get_args(kind) if one is not type(None))
-    metadata = dict(field.metadata)
-    if get_origin(kind) is Literal:
-        kind, metadata["choices"] = str, get_args(kind)
-    return Flag(name=field.name, kind=kind, optional=optional, default=field.default, **metadata)
-
-
-FLAGS: dict[str, Flag] = {field.name: _flag_of(field) for field in dataclasses.fields(TrainingConfig)}
-
-
-def checked(flag: Flag, value: Any, label: str | None = None) -> Any:
-    """The value in the field's type, or a `UserError` of one line.
-
-    An integer is taken for a float, and so is the text of a number, as YAML reads `1e-3` as text. Words are
-    matched whatever their case. A path object becomes text. Nothing else is converted: `3.0` is no integer, 1
-    is no bool.
-
-    Arguments:
-        label: how the message names the value; unset: the flag.
-    """
-    label = label or f"--{flag.name}"
-    if value is None and flag.optional:
-        return None
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if value is False and "no" in flag.choices:
-        value = "no"  # `mixed_precision: no` is a bool in YAML
-    if flag.kind is float:
-        value = _as_float(value)
-    is_kind = isinstance(value, flag.kind) and (flag.kind is bool or not isinstance(value, bool))
-    if is_kind and flag.choices:
-        return _choice(flag, value, label)
-    if not is_kind or (flag.within is not None and value not in flag.within):
-        quotes = flag.kind is str and value is not None and not flag.choices
-        hint = "; put it in quotes" if quotes else "; leave it out for the default" if value is None else ""
-        raise UserError(f"{label} is {show(value)}: it must be {flag.allowed}{hint}")
-    if value == "" and flag.kind is str and not flag.may_be_empty:
-        raise UserError(f"{label} is empty: give it a value or leave it out")
-    return value
-
-
-def _as_float(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return value
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return value
-
-
-def _choice(flag: Flag, value: str, label: str) -> str:
-    for choice in flag.choices:
-        if choice.lower() == value.lower():
-            return choice
-    guess = nearest(value, flag.choices)
-    hint = f"; did you mean {guess}?" if guess else ""
-    raise UserError(f"{label} is {show(value)}: it must be {flag.allowed}{hint}")
-
-
-def nearest(word: str, names: Any) -> str | None:
-    """The name most like `word`, dashes and case aside, or None if none is near."""
-    plain = {re.sub(r"[-_ ]+", "_", name.lower()): name for name in names}
-    matches = difflib.get_close_matches(re.sub(r"[-_ ]+", "_", word.lower()), plain, n=1, cutoff=0.6)
-    return plain[matches[0]] if matches else None
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-
-
-def show(value: Any) -> str:
-    """The value for a message: on one line, and not long."""
-    return " ".join(_SHORT.repr(value).split()) if value is not None else "null"
+FLAGS: dict[str, Flag] = {field.name: flag_of(field) for field in dataclasses.fields(TrainingConfig)}
 
 
 def _same_folder(one: str | None, other: str) -> bool:

@@ -1,6 +1,6 @@
 """The end of `make demo`: loads the LoRA file as a user would and draws base | LoRA side by side.
 
-    python -m bilora_diffusion.demo outputs/quickstart
+python -m bilora_diffusion.demo outputs/quickstart
 """
 
 import argparse

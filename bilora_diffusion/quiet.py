@@ -1,6 +1,7 @@
 """Keeping the libraries' remarks and progress bars off the user's screen while a base is loaded."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,22 +22,21 @@ def quiet_libraries() -> Iterator[None]:
     levels = [logging.get_verbosity() for logging in loggings]
     bars = [logging.is_progress_bar_enabled() for logging in loggings]
     downloads = not are_progress_bars_disabled()
-    try:
-        for logging in loggings:
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-        # After transformers' switch, which turns the hub's bars off and on along with its own.
-        _set_download_bars(downloads and os.environ.get("LOCAL_RANK", "0") == "0")
-        yield
-    finally:
-        for logging, level, bar in zip(loggings, levels, bars, strict=True):
-            logging.set_verbosity(level)
-            (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
-        _set_download_bars(downloads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logging in loggings:
+                logging.set_verbosity_error()
+                logging.disable_progress_bar()
+            # After transformers' switch, which turns the hub's bars off and on along with its own.
+            _set_download_bars(downloads and os.environ.get("LOCAL_RANK", "0") == "0")
+            yield
+        finally:
+            for logging, level, bar in zip(loggings, levels, bars, strict=True):
+                logging.set_verbosity(level)
+                (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+            _set_download_bars(downloads)
 
 
 def _set_download_bars(shown: bool) -> None:
-    if (
-        os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None
-    ):  # the library warns when its variable is overruled
-        (enable_progress_bars if shown else disable_progress_bars)()
+    (enable_progress_bars if shown else disable_progress_bars)()

@@ -49,7 +49,7 @@ OTHER_MODELS = {
     r"^cond_stage_model\.": "is a Stable Diffusion 1 or 2 checkpoint, not SDXL",
     r"double_blocks\.\d": "is a Flux checkpoint, not SDXL",
     r"joint_blocks\.\d": "is a Stable Diffusion 3 checkpoint, not SDXL",
-    r"^edm_mean$": "was trained in the EDM formulation, of which a file holds half; use the diffusers folder",
+    r"^edm_(mean$|vpred\.)": "was trained in the EDM formulation; use its diffusers folder",
     r"^down_blocks\.\d": "is a UNet alone, in the diffusers layout; name the folder of the whole model",
 }
 

@@ -1,5 +1,6 @@
 """Every way to a base gives the same model, reads only what is asked for, and refuses what is not SDXL."""
 
+import importlib
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -591,6 +593,7 @@ def test_a_tokenizer_without_vocabulary_is_told(folder: Path) -> None:
         (["control_model.input_blocks.0.0.weight"], "ControlNet"),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], "is a VAE"),
         (["down_blocks.0.resnets.0.conv1.weight"], "UNet alone"),
+        (["edm_mean", "edm_std", "model.diffusion_model.input_blocks.0.0.weight"], "EDM"),
         (["something"], "not an SDXL checkpoint"),
         (
             ["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.model.ln_final.bias"],
@@ -769,3 +772,19 @@ def test_loading_says_nothing_and_leaves_the_libraries_settings(capfd: pytest.Ca
         diffusers.logging.is_progress_bar_enabled(),
         transformers_logging.is_progress_bar_enabled(),
     )
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(None, True), ("0", True), ("1", False)])
+def test_download_bars_are_shown_by_the_first_process_only(
+    rank: str | None, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The user's own variable goes before; the package's attribute of the module's name is a class.
+    module = importlib.import_module("huggingface_hub.utils.tqdm")
+    monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    before = are_progress_bars_disabled()
+    with quiet_libraries():
+        assert are_progress_bars_disabled() is not shown
+    assert are_progress_bars_disabled() is before

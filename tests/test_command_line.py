@@ -32,9 +32,7 @@ def written(folder: Path, text: str | bytes) -> str:
 
 
 def test_the_least_words_give_the_defaults() -> None:
-    assert parse(WORDS) == TrainingConfig(
-        pretrained_model_name_or_path="tiny-random", instance_data_dir="photos"
-    )
+    assert parse(WORDS) == TrainingConfig(pretrained_model_name_or_path="tiny-random", instance_data_dir="photos")
 
 
 @pytest.mark.parametrize("name", [name for name in BOOLS if name != "with_prior_preservation"])
@@ -51,9 +49,7 @@ def test_a_switch_before_another_flag_takes_nothing_from_it() -> None:
 
 
 def test_numbers_and_texts() -> None:
-    config = parse(
-        [*WORDS, "--rho", "1e-3", "--rank=8", "--seed", "0", "--instance_prompt", "a photo of sks dog"]
-    )
+    config = parse([*WORDS, "--rho", "1e-3", "--rank=8", "--seed", "0", "--instance_prompt", "a photo of sks dog"])
     assert (config.rho, config.rank, config.seed) == (1e-3, 8, 0)
     assert config.instance_prompt == "a photo of sks dog"
 
@@ -113,9 +109,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 
 
 def test_a_rival_on_the_command_line_displaces_the_files(tmp_path: Path) -> None:
-    file = written(
-        tmp_path, "pretrained_model_name_or_path: b\nrho_relative: 0.01\ndataset_name: owner/dogs\n"
-    )
+    file = written(tmp_path, "pretrained_model_name_or_path: b\nrho_relative: 0.01\ndataset_name: owner/dogs\n")
     config = parse(["--config", file, "--rho", "0.05", "--instance_data_dir", "photos"])
     assert (config.rho, config.rho_relative, config.dataset_name) == (0.05, None, None)
     both = written(tmp_path, "rho: 1\nrho_relative: 0.01\n")

@@ -1,6 +1,7 @@
 """Which pictures a folder holds, under which captions; and what each draw shows of them."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -19,18 +20,9 @@ from torch.utils.data import DataLoader
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from bilora_diffusion.data import dreambooth
-from bilora_diffusion.data.dreambooth import (
-    DrawBatches,
-    DreamBoothDataset,
-    Picture,
-    Row,
-    Shuffled,
-    class_pictures,
-    find_pictures,
-    flatten,
-    pictures_of_dataset,
-)
+from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset, Row, Shuffled, flatten
 from bilora_diffusion.data.images import SUFFIXES, resize
+from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
 from bilora_diffusion.errors import UserError
 
 Load = Callable[..., tuple[list[Picture], list[str]]]
@@ -63,9 +55,7 @@ def pictures_in_memory(
     count: int, sizes: tuple[tuple[int, int], ...] = ((24, 16),), kind: str = "dog"
 ) -> list[Picture]:
     images = (coordinates(*sizes[number % len(sizes)], mark=number) for number in range(count))
-    return [
-        Picture.read(f"{kind}{number}", image, f"a {kind} {number}") for number, image in enumerate(images)
-    ]
+    return [Picture.read(f"{kind}{number}", image, f"a {kind} {number}") for number, image in enumerate(images)]
 
 
 def dataset_of(count: int = 5, **options) -> DreamBoothDataset:
@@ -170,9 +160,7 @@ def test_files_from_windows_editors(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     save(tmp_path / "b.png")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa caption\r\n")
-    (tmp_path / "metadata.jsonl").write_bytes(
-        b'\xef\xbb\xbf{"file_name": "b.png", "text": "b caption"}\r\n\r\n'
-    )
+    (tmp_path / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "b.png", "text": "b caption"}\r\n\r\n')
     pictures, _ = find_pictures(tmp_path, instance_prompt=None)
     assert captions_of(pictures) == {"a.png": "a caption", "b.png": "b caption"}
 
@@ -197,9 +185,7 @@ def test_a_wrong_line_of_metadata_is_named(tmp_path: Path, line: str, message: s
     save(tmp_path / "secret.png")
     save(folder / "a.png")
     write_metadata(folder, {"file_name": "a.png", "text": "x"}, line)
-    with pytest.raises(
-        UserError, match=f"metadata.jsonl, {message}" if message[0] == "l" else message
-    ) as caught:
+    with pytest.raises(UserError, match=f"metadata.jsonl, {message}" if message[0] == "l" else message) as caught:
         find_pictures(folder, instance_prompt="x")
     assert "\n" not in str(caught.value)
 
@@ -230,9 +216,7 @@ def test_unusable_pictures_are_named_and_the_others_used(tmp_path: Path) -> None
 def test_no_usable_picture_names_up_to_three(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.png").write_text("hello")
-    with pytest.raises(
-        UserError, match=r"no usable picture: 0\.png .*1\.png .*2\.png .*; and 2 more"
-    ) as caught:
+    with pytest.raises(UserError, match=r"no usable picture: 0\.png .*1\.png .*2\.png .*; and 2 more") as caught:
         find_pictures(tmp_path, instance_prompt="x")
     assert "3.png" not in str(caught.value)
 
@@ -252,9 +236,7 @@ def test_missing_captions_are_counted_and_the_first_named(tmp_path: Path, prompt
     for name in "abc":
         save(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("has one")
-    with pytest.raises(
-        UserError, match=r"2 of 3 pictures .* first is b\.png: give --instance_prompt, a \.txt"
-    ):
+    with pytest.raises(UserError, match=r"2 of 3 pictures .* first is b\.png: give --instance_prompt, a \.txt"):
         find_pictures(tmp_path, instance_prompt=prompt)
 
 
@@ -301,9 +283,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    return lambda folder, **options: pictures_of_dataset(
-        str(folder), cache_dir=str(tmp_path / "cache"), **options
-    )
+    return lambda folder, **options: pictures_of_dataset(str(folder), cache_dir=str(tmp_path / "cache"), **options)
 
 
 def test_a_local_image_folder(image_folder: Path, load: Load) -> None:
@@ -338,9 +318,7 @@ def test_captions_of_a_data_set_are_used_only_when_asked_for(image_folder: Path,
         ({"caption_column": "number"}, "--caption_column number: a caption must be text, not 1"),
     ],
 )
-def test_wrong_columns_of_a_data_set(
-    image_folder: Path, options: dict[str, str], message: str, load: Load
-) -> None:
+def test_wrong_columns_of_a_data_set(image_folder: Path, options: dict[str, str], message: str, load: Load) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(image_folder, instance_prompt="x", **options)
     assert "\n" not in str(caught.value)
@@ -429,7 +407,7 @@ def test_ranks_and_batches_cover_the_same_draws() -> None:
     assert alone == [list(range(5 + 6 * m, 11 + 6 * m)) for m in range(4)]
     for world_size in (2, 3):
         ranks = [draws(rank, world_size, 6 // world_size) for rank in range(world_size)]
-        assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone
+        assert [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)] == alone
     assert draws(0, 1, 6, start=5 + 12)[:2] == alone[2:], "a resumed run goes on at its next draw"
     for wrong in ({"start": -1}, {"rank": 1}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="no such batches"):

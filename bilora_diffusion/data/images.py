@@ -38,9 +38,7 @@ __all__ = [
 
 Source = Path | bytes | Image.Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff") + (
-    (".avif",) if features.check("avif") else ()
-)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff") + ((".avif",) if features.check("avif") else ())
 """File name endings taken for pictures, in lower case; compare without regard to case."""
 
 SMALLEST_SIDE_PX = 16
@@ -109,9 +107,7 @@ def load_image(source: Source, name: str | None = None) -> Image.Image:
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing: there is no file {error.filename}") from error
     except Exception as error:
-        raise UserError(
-            f"{name} cannot be read as a picture ({_reason(error)}): replace or remove it"
-        ) from error
+        raise UserError(f"{name} cannot be read as a picture ({_reason(error)}): replace or remove it") from error
     if min(image.size) < SMALLEST_SIDE_PX:
         raise UserError(
             f"{name} is too small, {image.width} x {image.height} px (width x height): each side needs at "
