@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.randomness import stream_seed
+from bilora_diffusion.randomness import generator
 
 __all__ = [
     "AUXILIARY",
@@ -84,8 +84,8 @@ def add_adapter(
 ) -> None:
     """Attaches one adapter to every target of a frozen model and leaves all adapters active and trainable.
 
-    The starting values depend on the seed, the part and the adapter alone, and the global random state is left as it
-    was: with or without an auxiliary, the primary starts from the same numbers.
+    The starting values depend on the seed, the part and the adapter alone, not on the base's precision or device, and
+    the global random state is left as it was: with or without an auxiliary, the primary starts from the same numbers.
 
     Arguments:
         part: which of `TARGETS` the model is.
@@ -117,14 +117,31 @@ def add_adapter(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # A second adapter is intended; peft's warning would start every run with an alarm.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        torch.manual_seed(stream_seed(seed, "adapter", part, adapter))
         model.add_adapter(config, adapter_name=adapter)
-    for name, parameter in model.named_parameters():
-        if adapter in name.split("."):
-            parameter.data = parameter.data.float()
+    draw = generator(seed, "adapter", part, adapter)
     for _, layer in adapted_layers(model):
+        if adapter in layer.lora_A:
+            _set_start(layer, adapter, init, draw)
         # Adding an adapter deactivates and freezes the ones before it.
         layer.set_adapter([name for name in (PRIMARY, AUXILIARY) if name in layer.lora_A])
+
+
+@torch.no_grad()
+def _set_start(layer: BaseTunerLayer, adapter: str, init: str, draw: Generator) -> None:
+    """A, B and a DoRA's magnitude in float32. peft gives them the base's precision, rounded as that is."""
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    start = torch.empty(A.shape)
+    if init == "gaussian":
+        nn.init.normal_(start, std=1 / len(start), generator=draw)
+    else:
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=draw)
+    A.data, B.data = start.to(A.device), torch.zeros_like(B, dtype=torch.float32)
+    if adapter in layer.lora_magnitude_vector:
+        # ||W0|| of each output, in the precision of peft's forward (float32, in a convolution the base's): otherwise a
+        # fresh DoRA would change a bfloat16 base's outputs by a percent.
+        magnitude, weight = layer.lora_magnitude_vector[adapter], layer.get_base_layer().weight
+        weight = weight.float() if weight.ndim == 2 else weight
+        magnitude.weight.data = magnitude.get_weight_norm(weight, torch.zeros_like(weight), 0.0).float()
 
 
 def _plain_number(value: float) -> float | int:
@@ -164,15 +181,17 @@ def auxiliary_off(models: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, the models compute W0 + s1 B1 A1: what a user will get.
 
     The auxiliary's scale is set to zero rather than the adapter deactivated: peft's switch also freezes parameters.
+    May be nested.
     """
     layers = [layer for model in models for _, layer in adapted_layers(model) if AUXILIARY in layer.lora_A]
+    scales = [layer.scaling[AUXILIARY] for layer in layers]
     try:
         for layer in layers:
-            layer.set_scale(AUXILIARY, 0.0)
+            layer.scaling[AUXILIARY] = 0.0
         yield
     finally:
-        for layer in layers:
-            layer.set_scale(AUXILIARY, 1.0)
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[AUXILIARY] = scale
 
 
 def product_norm(layers: Sequence[LowRank]) -> Tensor:

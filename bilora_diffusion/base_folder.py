@@ -71,23 +71,17 @@ class BaseFolder:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.where}: its {name} is missing or damaged; copy or download it again."
-            ) from error
+            raise UserError(f"{self.where}: its {name} is missing or damaged; copy or download it again.") from error
 
     def _refuse_other_models(self) -> None:
         if "unet" not in self.index or "text_encoder_2" not in self.index:
             kind = self.index.get("_class_name") or "model of an unknown kind"
             raise UserError(f"{self.where} is a {kind}, not an SDXL base.")
         if not (self.index.get("text_encoder") or [None])[0]:
-            raise UserError(
-                f"{self.where} is the SDXL refiner, which has one text encoder; train on the SDXL base."
-            )
+            raise UserError(f"{self.where} is the SDXL refiner, which has one text encoder; train on the SDXL base.")
         unet = self.read_json("unet/config.json")
         if unet.get("addition_embed_type") != "text_time":
-            raise UserError(
-                f"{self.where} has a UNet without SDXL's size conditioning; it is not an SDXL base."
-            )
+            raise UserError(f"{self.where} has a UNet without SDXL's size conditioning; it is not an SDXL base.")
         if (channels := unet.get("in_channels", 4)) != 4:
             raise UserError(
                 f"{self.where} has a UNet that reads {channels} channels (inpainting or editing), SDXL's "
@@ -168,7 +162,5 @@ def _what_else(folder: Path) -> str:
     if (folder / "config.json").is_file():
         return "is a single part of a model; name the whole model's folder"
     if checkpoints := sorted(file.name for file in folder.glob("*.safetensors")):
-        return (
-            f"is not in the diffusers layout; to use the checkpoint in it, name the file ({checkpoints[0]})"
-        )
+        return f"is not in the diffusers layout; to use the checkpoint in it, name the file ({checkpoints[0]})"
     return "is not a base: it has no model_index.json"

@@ -138,9 +138,7 @@ class Base:
         return read_part(path, "vae", torch.float32, where, subfolder=subfolder)
 
 
-def _assemble(
-    source: BaseFolder | SingleFile, parts: tuple[str, ...], dtype: torch.dtype
-) -> StableDiffusionXLPipeline:
+def _assemble(source: BaseFolder | SingleFile, parts: tuple[str, ...], dtype: torch.dtype) -> StableDiffusionXLPipeline:
     tokenizer, tokenizer_2 = source.tokenizers()
     scheduler = source.scheduler_config()
     scheduler_class = getattr(diffusers, scheduler["_class_name"], None)

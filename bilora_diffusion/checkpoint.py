@@ -12,9 +12,10 @@ deletes. So a kill at any moment leaves no half checkpoint under the name that `
 import io
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, parameters_of
-from bilora_diffusion.atomic import write_bytes_atomically, write_text_atomically
+from bilora_diffusion.atomic import HINTS, write_bytes_atomically, write_text_atomically
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import DIFFUSERS_FILE, portable_name
+from bilora_diffusion.strict_json import strict_json
 
 __all__ = [
     "Checkpoint",
+    "checkpoints",
     "find_checkpoint",
     "load_checkpoint",
     "remove_leftovers",
@@ -42,6 +45,8 @@ AUXILIARY_FILE = "auxiliary.safetensors"
 STATE_FILE = "training_state.pt"
 FACTS_FILE = "checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# What reading a file that is cut short or is something else can raise.
+_DAMAGE = (OSError, ValueError, RuntimeError, EOFError, TypeError, KeyError, pickle.PickleError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,20 @@ class Checkpoint:
 
     Arguments:
         identity: the flags that a resumed run must share, by name.
+        kept: flags that a resumed run cannot change, as their values are part of the optimiser's state.
         progress: the run so far: step, draws, losses and so on; JSON values.
         state: `Trainer.state_dict()`.
         auxiliary: the auxiliary's factors by name; empty where the method has none.
     """
 
     identity: Mapping[str, Any]
+    kept: Mapping[str, Any]
     progress: Mapping[str, Any]
     state: Mapping[str, Any]
     auxiliary: Mapping[str, Tensor]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_lora, limit: int | None) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_lora: Callable[[Path], Any], limit: int | None) -> Path:
     """Writes `checkpoint-N`, N from its progress, then deletes the oldest above the limit.
 
     Arguments:
@@ -72,7 +79,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_lora, limit: int
     Raises:
         UserError: the disk is full or the folder cannot be written; checkpoints that were there are as they were.
     """
-    target = folder / f"checkpoint-{checkpoint.progress['step']}"
+    step = checkpoint.progress["step"]
+    target = folder / f"checkpoint-{step}"
     unfinished = folder / f".unfinished-{target.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -84,35 +92,47 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_lora, limit: int
         buffer = io.BytesIO()  # torch reports a full disk as a RuntimeError of its own; Python's files do not
         torch.save(dict(checkpoint.state), buffer)
         write_bytes_atomically(unfinished / STATE_FILE, buffer.getvalue())
-        facts = {"identity": dict(checkpoint.identity), "progress": dict(checkpoint.progress)}
-        write_text_atomically(unfinished / FACTS_FILE, json.dumps(facts))
-        _remove(target)
+        facts = {name: getattr(checkpoint, name) for name in ("identity", "kept", "progress")}
+        write_text_atomically(unfinished / FACTS_FILE, strict_json(facts))
+        replaced = _rename_away(target)
         os.rename(unfinished, target)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+        if limit is not None:
+            _rotate(folder, step, limit)
     except OSError as error:
-        raise UserError(f"{target} was not written: {error.strerror}; earlier checkpoints are whole") from error
+        reason = HINTS.get(error.errno or 0) or error.strerror
+        raise UserError(f"{target} was not written: {reason}; earlier checkpoints are whole") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    if limit is not None:
-        for _, path in sorted(_checkpoints(folder))[:-limit]:
-            _remove(path)
     return target
 
 
-def _remove(path: Path) -> None:
-    """Takes a checkpoint's name away first: a kill while its files go must not leave a half one."""
-    if path.exists():
-        doomed = path.with_name(f".unfinished-removal-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+def _rotate(folder: Path, step: int, limit: int) -> None:
+    """Deletes the oldest above the limit. Those of later steps were made before the run went back: they go first."""
+    for _, path in sorted(checkpoints(folder), key=lambda one: (one[0] <= step, one[0]))[:-limit]:
+        doomed = _rename_away(path)
+        if doomed is not None:
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    return [
+def _rename_away(path: Path) -> Path | None:
+    """Takes a checkpoint's name away before it is deleted: a kill while its files go must not leave a half one."""
+    if not path.exists():
+        return None
+    doomed = path.with_name(f".unfinished-removal-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    return doomed
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint in an output folder, the oldest first."""
+    return sorted(
         (int(match[1]), path)
         for path in folder.glob("checkpoint-*")
         if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    ]
+    )
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -122,7 +142,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means: a name in the output folder, a path, or `latest`.
+    """The checkpoint that --resume_from_checkpoint means: `latest`, a name in the output folder, or a path.
 
     Returns:
         None if `latest` was asked for and there is none.
@@ -130,10 +150,10 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     Raises:
         UserError: the one that was named is not there.
     """
-    found = sorted(_checkpoints(folder)) if folder.is_dir() else []
+    found = checkpoints(folder)
     if wanted == "latest":
         return found[-1][1] if found else None
-    for path in (folder / Path(wanted).name, Path(wanted)):
+    for path in (folder / wanted, Path(wanted)):
         if (path / FACTS_FILE).is_file():
             return path
     there = ", ".join(path.name for _, path in found) or "none"
@@ -150,19 +170,25 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
         UserError: it is of another method, rank or the like, or a file of it is missing or damaged.
     """
     try:
-        facts = json.loads((path / FACTS_FILE).read_text())
+        facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+        saved_identity, kept, progress = (dict(facts[name]) for name in ("identity", "kept", "progress"))
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
         auxiliary = load_file(path / AUXILIARY_FILE) if (path / AUXILIARY_FILE).exists() else {}
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]}); resume from another") from None
+    except _DAMAGE as error:
+        raise _damaged(path, error) from None
     for flag, value in identity.items():
-        saved = facts["identity"].get(flag)
+        saved = saved_identity.get(flag)
         if saved != value:
             raise UserError(
                 f"{path} was made with --{flag} {_shown(saved)}, this run has {_shown(value)}: "
                 f"give --{flag} {_shown(saved)} or start a new run in another --output_dir"
             )
-    return Checkpoint(facts["identity"], facts["progress"], state, auxiliary)
+    return Checkpoint(saved_identity, kept, progress, state, auxiliary)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{path} is not a whole checkpoint ({reason}); resume from another")
 
 
 @torch.no_grad()
@@ -170,7 +196,7 @@ def restore_adapters(path: Path, checkpoint: Checkpoint, models: Mapping[str, nn
     """Puts both adapters' values back, bit by bit.
 
     Raises:
-        UserError: the files hold other tensors than this run trains.
+        UserError: the files hold other tensors than this run trains, or the LoRA file is damaged.
     """
     primary = {
         f"{part}.{portable_name(part, name)}": parameter
@@ -182,16 +208,21 @@ def restore_adapters(path: Path, checkpoint: Checkpoint, models: Mapping[str, nn
         for part, model in models.items()
         for name, parameter in parameters_of(model, AUXILIARY).items()
     }
-    saved = {name.removesuffix(".weight"): tensor for name, tensor in load_file(path / DIFFUSERS_FILE).items()}
-    for parameters, tensors in (
-        ({name.removesuffix(".weight"): p for name, p in primary.items()}, saved),
-        (auxiliary, checkpoint.auxiliary),
-    ):
+    try:
+        content = load_file(path / DIFFUSERS_FILE)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from None
+    # A DoRA's magnitudes have no ".weight" in peft's names.
+    bare = {name.removesuffix(".weight"): parameter for name, parameter in primary.items()}
+    saved = {name.removesuffix(".weight"): tensor for name, tensor in content.items()}
+    for parameters, tensors in ((bare, saved), (auxiliary, checkpoint.auxiliary)):
         wrong = set(parameters) ^ set(tensors) or {
             name for name, parameter in parameters.items() if parameter.shape != tensors[name].shape
         }
         if wrong:
-            raise UserError(f"{path} holds other layers than this run trains, for one {min(wrong)}: resume from another")
+            raise UserError(
+                f"{path} holds other layers than this run trains, for one {min(wrong)}: resume from another"
+            )
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 

@@ -91,10 +91,8 @@ class TrainingConfig:
     )
     use_dora: bool = flag(
         False,
-        "train a DoRA (arXiv 2402.09353): direction and magnitude apart; UNet only",
+        "train a DoRA (arXiv 2402.09353): direction and magnitude apart; no Kohya file can hold it",
         group=METHOD,
-        departure="refused together with --train_text_encoder: a DoRA on the text encoders does not survive "
-        "a reload through diffusers",
     )
     train_text_encoder: bool = flag(
         False, "train LoRAs on both text encoders too (q_proj, k_proj, v_proj, out_proj)", group=METHOD
@@ -525,11 +523,6 @@ class TrainingConfig:
             raise UserError(
                 f"--lora_layers is {show(self.lora_layers)}: it must be module names with a comma between "
                 "two, such as to_q,to_v"
-            )
-        if self.use_dora and self.train_text_encoder:
-            raise UserError(
-                "--use_dora and --train_text_encoder exclude each other: diffusers loses the magnitudes of a "
-                "DoRA on the text encoders when the file is loaded again; leave one of them out"
             )
 
     def _validate_optimiser(self) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import platform
-import resource
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -23,15 +22,20 @@ from bilora_diffusion.facts import LoraFacts, bilora_metadata
 from bilora_diffusion.kohya import save_kohya, why_not_kohya
 from bilora_diffusion.model_card import CardImage, write_model_card
 from bilora_diffusion.previews import pipeline_around, save_pictures
+from bilora_diffusion.processes import process_count
 from bilora_diffusion.progress import Progress
-from bilora_diffusion.run_folder import DIFFUSERS_FILE, KOHYA_FILE, RunFolder
+from bilora_diffusion.quiet import quiet_libraries
+from bilora_diffusion.run_folder import DIFFUSERS_FILE, KOHYA_FILE, PREVIEWS, RunFolder
 from bilora_diffusion.sampling import sample_pictures
 from bilora_diffusion.tracking import log_pictures
+from bilora_diffusion.upload import push
 from bilora_diffusion.verification import VerificationError, record_trained, strip_adapters, verify_file
 
-__all__ = ["finish", "package_versions", "peak_memory_bytes", "save_loras"]
+__all__ = ["finish", "package_versions", "peak_memory_bytes", "save_loras", "upload"]
 
 logger = logging.getLogger("bilora_diffusion")
+
+FINAL_PICTURES = "final"
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
@@ -54,26 +58,35 @@ def finish(
     Raises:
         UserError: a file that was written does not load as what was trained.
     """
-    summary = _summary(config, parts, progress)
+    summary = _summary(config, parts, progress, interrupted)
     if machine.is_main:
         files = save_loras(folder.path, config, parts, progress, started=started)
-        summary["verified"] = _verify(files, parts)
+        summary["verification"] = _verify(files, parts)
+        summary["verified"] = True  # or it would have raised
+        folder.summary(summary)
         pictures = [] if interrupted else _final_pictures(config, machine, parts, folder, files[0])
         if pictures:
             log_pictures(accelerator, "test", pictures, _final_prompt(config), progress.step)
-        names = save_pictures(folder, "final", pictures) if pictures else []
+        names = save_pictures(folder, FINAL_PICTURES, pictures) if pictures else []
         facts = lora_facts(config, parts, progress, started)
         images = [CardImage(name, _final_prompt(config)) for name in names]
         hub_id = config.hub_model_id if config.push_to_hub else None
         write_model_card(folder.path, facts, images, hub_id=hub_id, kohya_file=len(files) > 1)
-        folder.summary(summary)
-        _say(config, folder, files, names, progress, summary, interrupted)
-        if config.push_to_hub and not interrupted:
-            from bilora_diffusion.upload import push
-
-            push(config, folder.path, [*(path.name for path in files), *names])
+        _say(folder, files, names, progress, summary)
     machine.wait()
     return summary
+
+
+def upload(config: TrainingConfig, folder: RunFolder) -> None:
+    """Sends the finished run to the hub: the LoRA files, the card and the pictures that it shows.
+
+    Raises:
+        UserError: the upload failed.
+    """
+    pictures = [f"{PREVIEWS}/{path.name}" for path in (folder.path / PREVIEWS).glob(f"{FINAL_PICTURES}_*.png")]
+    files = [name for name in (DIFFUSERS_FILE, KOHYA_FILE) if (folder.path / name).exists()]
+    repository = push(config, folder.path, [*files, *sorted(pictures)])
+    logger.info(f"uploaded to {repository}")
 
 
 def save_loras(
@@ -105,9 +118,7 @@ def save_loras(
     return files
 
 
-def lora_facts(
-    config: TrainingConfig, parts: Parts, progress: Progress, started: float | None = None
-) -> LoraFacts:
+def lora_facts(config: TrainingConfig, parts: Parts, progress: Progress, started: float | None = None) -> LoraFacts:
     """What the files and the card say of the run: nothing of this machine."""
     base = parts.base
     dataset = parts.dataset
@@ -134,6 +145,7 @@ def lora_facts(
         num_class_images=len(dataset.class_pictures) or None,
         batch_size=config.train_batch_size,
         accumulation=config.gradient_accumulation_steps,
+        num_processes=process_count(),
         mixed_precision=config.mixed_precision,
         min_snr_gamma=config.snr_gamma,
         noise_offset=config.noise_offset,
@@ -187,7 +199,8 @@ def _final_pictures(
     if prompt is None or config.skip_final_inference:
         return []
     pipeline = pipeline_around(parts)
-    pipeline.load_lora_weights(str(file))
+    with quiet_libraries():
+        pipeline.load_lora_weights(str(file))
     pictures = sample_pictures(
         pipeline,
         parts.sampling_prompts.get(prompt, prompt),
@@ -201,13 +214,14 @@ def _final_pictures(
     return pictures
 
 
-def _summary(config: TrainingConfig, parts: Parts, progress: Progress) -> dict[str, Any]:
+def _summary(config: TrainingConfig, parts: Parts, progress: Progress, interrupted: bool) -> dict[str, Any]:
     measures = progress.last_measures
     ball = parts.radius
     losses = [loss for loss in progress.losses if loss is not None]
     return {
         "method": config.method,
         "steps": progress.step,
+        "interrupted": interrupted,
         "seed": progress.seed,
         "final_loss": losses[-1] if losses else None,
         "losses": progress.losses,
@@ -224,6 +238,7 @@ def _summary(config: TrainingConfig, parts: Parts, progress: Progress) -> dict[s
         "skipped_steps": progress.skipped,
         "seconds_per_step": progress.seconds_per_step,
         "peak_memory_bytes": peak_memory_bytes(),
+        "processes": process_count(),
         "parameters": {
             "primary": sum(parameter.numel() for parameter in parts.trainer.primary),
             "auxiliary": sum(
@@ -234,7 +249,7 @@ def _summary(config: TrainingConfig, parts: Parts, progress: Progress) -> dict[s
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "versions": package_versions(),
-        "verified": None,
+        "verified": False,
     }
 
 
@@ -242,6 +257,12 @@ def peak_memory_bytes() -> int:
     """The most that was allocated on the GPU, without one the most memory the process had."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil  # accelerate brings it
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -257,17 +278,16 @@ def package_versions() -> dict[str, str]:
 
 
 def _say(
-    config: TrainingConfig,
     folder: RunFolder,
     files: list[Path],
     pictures: list[str],
     progress: Progress,
     summary: dict[str, Any],
-    interrupted: bool,
 ) -> None:
+    interrupted = summary["interrupted"]
     state = f"interrupted after step {progress.step}" if interrupted else f"done: {progress.step} steps"
     logger.info(f"{state}, last loss {summary['final_loss']}")
-    for file, checked in zip(files, summary["verified"], strict=True):
+    for file, checked in zip(files, summary["verification"], strict=True):
         worst = max(checked["differences"].values())
         logger.info(f"{file}  ({checked['layers']} layers; loaded again, differs by {worst:.1e})")
     for name in pictures:

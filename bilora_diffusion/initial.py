@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bilora_diffusion.adapters import PRIMARY, adapted_layers
 from bilora_diffusion.bases import Base
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.quiet import quiet_libraries
 
 __all__ = ["InitialLora", "copy_lora_into", "read_lora"]
 
@@ -37,7 +38,7 @@ def read_lora(path: str, base: Base) -> InitialLora:
         raise UserError(f"--init_lora_from {path}: only .safetensors files are read, never pickles")
     try:
         with safe_open(file, "pt") as content:
-            if any("dora_scale" in key or "lora_magnitude_vector" in key for key in content.keys()):
+            if any("dora_scale" in key or "lora_magnitude_vector" in key for key in content.keys()):  # noqa: SIM118
                 raise UserError(f"--init_lora_from {path}: a DoRA; only plain LoRA files can be continued from")
     except Exception as error:
         if isinstance(error, UserError):
@@ -45,11 +46,11 @@ def read_lora(path: str, base: Base) -> InitialLora:
         raise UserError(f"--init_lora_from {path}: not a safetensors file ({error})") from None
     pipeline = base.load("unet", "text_encoder", "text_encoder_2", dtype=torch.float32)
     try:
-        pipeline.load_lora_weights(str(file), adapter_name="initial")
+        with quiet_libraries():
+            pipeline.load_lora_weights(str(file), adapter_name="initial")
     except Exception as error:  # the loader raises many kinds, all of which say that the file does not fit
-        raise UserError(
-            f"--init_lora_from {path}: not a LoRA for this base ({str(error).splitlines()[0]})"
-        ) from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"--init_lora_from {path}: not a LoRA for this base ({reason})") from None
     layers = {
         (part, name): (
             layer.lora_A["initial"].weight.detach().float(),
@@ -71,7 +72,7 @@ def copy_lora_into(models: Mapping[str, nn.Module], lora: InitialLora, path: str
     B takes up the difference of the scales, so that s B A is what it was whatever --lora_alpha is now.
 
     Raises:
-        UserError: another rank, or layers that this run would not save again.
+        UserError: another rank, layers that this run would not save again, or a DoRA to be trained.
     """
     ours = {(part, name): layer for part, model in models.items() for name, layer in adapted_layers(model)}
     lost = set(lora.layers) - set(ours)
@@ -84,6 +85,10 @@ def copy_lora_into(models: Mapping[str, nn.Module], lora: InitialLora, path: str
         )
     for (part, name), (A, B, scale) in lora.layers.items():
         layer = ours[part, name]
+        if PRIMARY in getattr(layer, "lora_magnitude_vector", {}):
+            raise UserError(
+                "--init_lora_from and --use_dora exclude each other: a LoRA file holds no magnitudes; leave one out"
+            )
         own = layer.lora_A[PRIMARY].weight
         if own.shape != A.shape:
             raise UserError(f"--init_lora_from {path} has rank {A.shape[0]}: give --rank {A.shape[0]}")

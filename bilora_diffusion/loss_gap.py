@@ -77,7 +77,7 @@ def float32_computation(models: Iterable[nn.Module]) -> Iterator[None]:
     ends: the extra memory is one layer's. On an exception they are put back too.
     """
     handles = []
-    stored: dict[nn.Parameter, torch.Tensor] = {}
+    stored: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
     def own(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -85,15 +85,15 @@ def float32_computation(models: Iterable[nn.Module]) -> Iterator[None]:
         yield from module.buffers(recurse=False)
 
     def widen(module: nn.Module, *_) -> None:
+        # A tensor shared with a module that is running is wide already: that one puts it back.
         for tensor in own(module):
-            if tensor.dtype in (torch.float16, torch.bfloat16) and tensor not in stored:
-                stored[tensor] = tensor.data
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                stored.setdefault(module, []).append((tensor, tensor.data))
                 tensor.data = tensor.data.float()
 
     def restore(module: nn.Module, *_) -> None:
-        for tensor in own(module):
-            if tensor in stored:
-                tensor.data = stored.pop(tensor)
+        for tensor, data in stored.pop(module, ()):
+            tensor.data = data
 
     try:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -106,6 +106,6 @@ def float32_computation(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for tensor, data in stored.items():
-            tensor.data = data
+        for module in list(stored):
+            restore(module)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32

@@ -10,6 +10,7 @@ from bilora_diffusion.adapters import auxiliary_off
 from bilora_diffusion.assembly import Machine, Parts, free_memory
 from bilora_diffusion.atomic import atomic_write
 from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.run_folder import PREVIEWS, RunFolder
 from bilora_diffusion.sampling import sample_pictures, use_sampling_scheduler
 from bilora_diffusion.tracking import log_pictures
@@ -20,6 +21,7 @@ __all__ = ["Previews", "pipeline_around", "save_pictures"]
 class Previews:
     """Pictures of --validation_prompt, by step if --validation_steps is given, else by epoch.
 
+    By epoch as in the stock script: after the first, and then after every so many; the last may be a part of one.
     Every preview starts from the same noise, so that two of them differ by the training alone.
     """
 
@@ -30,6 +32,7 @@ class Previews:
         accelerator: Accelerator,
         parts: Parts,
         folder: RunFolder,
+        steps: int,
         steps_per_epoch: int,
     ) -> None:
         self.config = config
@@ -37,17 +40,25 @@ class Previews:
         self.accelerator = accelerator
         self.parts = parts
         self.folder = folder
-        self.interval = config.validation_steps or config.validation_epochs * steps_per_epoch
+        self.steps = steps
+        self.steps_per_epoch = steps_per_epoch
 
     def after_step(self, step: int) -> None:
         """Makes a preview if one is due after optimiser step number `step` (from 1)."""
-        if self.config.validation_prompt is None or step % self.interval:
+        if self.config.validation_prompt is None or not self._is_due(step):
             return
         if self.machine.is_main:
             pictures = self._sample(self.config.validation_prompt)
             save_pictures(self.folder, f"step_{step:06d}", pictures)
             log_pictures(self.accelerator, "validation", pictures, self.config.validation_prompt, step)
         self.machine.wait()
+
+    def _is_due(self, step: int) -> bool:
+        if self.config.validation_steps:
+            return step % self.config.validation_steps == 0
+        epoch = (step - 1) // self.steps_per_epoch
+        ends = step % self.steps_per_epoch == 0 or step == self.steps
+        return ends and epoch % self.config.validation_epochs == 0
 
     def _sample(self, prompt: str) -> list[Image.Image]:
         parts, config = self.parts, self.config
@@ -87,7 +98,11 @@ def pipeline_around(parts: Parts) -> StableDiffusionXLPipeline:
 
 def save_pictures(folder: RunFolder, name: str, pictures: Sequence[Image.Image]) -> list[str]:
     """Writes PNGs under the output folder; returns their paths relative to it."""
-    (folder.path / PREVIEWS).mkdir(exist_ok=True)
+    try:
+        (folder.path / PREVIEWS).mkdir(exist_ok=True)
+    except OSError as error:
+        path = folder.path / PREVIEWS
+        raise UserError(f"{path} cannot be made: {error.strerror}; name another --output_dir") from error
     names = [f"{PREVIEWS}/{name}_{number}.png" for number in range(len(pictures))]
     for path, picture in zip(names, pictures, strict=True):
         with atomic_write(folder.path / path) as temporary:

@@ -8,7 +8,7 @@ Reference:
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import StableDiffusionXLPipeline
 from tqdm.auto import tqdm
 
@@ -21,13 +21,26 @@ __all__ = ["make_class_pictures", "missing_class_pictures"]
 
 
 def missing_class_pictures(folder: Path, wanted: int) -> list[int]:
-    """The numbers of the class pictures to make so that the folder holds `wanted`."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--class_data_dir {folder} is a file: name a folder")
-    present = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES] if folder.exists() else []
-    taken = {path.name for path in present}
-    free = (number for number in range(wanted + len(taken)) if _name(number) not in taken)
-    return [next(free) for _ in range(wanted - len(present))]
+    """The numbers of the class pictures to make so that the folder holds `wanted`; the same on every process.
+
+    Pictures of any name count, hidden files do not.
+
+    Raises:
+        UserError: the folder is none, or cannot be read.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        names = set()
+    except NotADirectoryError:
+        raise UserError(f"--class_data_dir {folder} is a file: name a folder") from None
+    except OSError as error:
+        raise UserError(f"--class_data_dir {folder} cannot be read: {error.strerror}") from error
+    present = sum(Path(name).suffix.lower() in SUFFIXES and not name.startswith(".") for name in names)
+    free = (number for number in range(wanted + len(names)) if _name(number) not in names)
+    numbers = [next(free) for _ in range(wanted - present)]
+    # A process that looked a moment later would see the first pictures of a faster one.
+    return broadcast_object_list([numbers])[0]
 
 
 def _name(number: int) -> str:
@@ -53,8 +66,14 @@ def make_class_pictures(
         load_pipeline: gives the whole base, on the device.
         prompt: `--class_prompt`.
         batch_size: `--sample_batch_size`.
+
+    Raises:
+        UserError: the folder or a picture cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--class_data_dir {folder} cannot be made: {error.strerror}") from error
     share = numbers[rank::processes]
     if not share:
         return
@@ -75,6 +94,3 @@ def make_class_pictures(
         for number, picture in zip(group, pictures, strict=True):
             with atomic_write(folder / _name(number)) as path:
                 picture.save(path, format="PNG")
-    del pipeline, vae
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

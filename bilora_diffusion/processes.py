@@ -11,11 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["average", "average_gradients"]
+__all__ = ["average", "average_gradients", "process_count"]
+
+
+def process_count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return process_count() > 1
 
 
 def average(values: Sequence[Tensor]) -> list[Tensor]:

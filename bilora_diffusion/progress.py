@@ -23,7 +23,8 @@ class Progress:
         step: optimiser steps done, skipped ones included.
         draws: instance rows consumed, over all processes.
         losses: the back-propagated loss of each step; None where it was not finite.
-        gap_steps, perturbed_losses, clean_losses: the loss gap's measurements.
+        gap_steps, perturbed_losses, clean_losses: the loss gap's measurements, each on the rows of its step (from 1)
+            and with the perturbation that step was taken under.
         skipped: steps whose loss or gradient was not finite; `skipped_in_a_row` up to now.
         highest_c_over_rho: over all steps, None for a method without a ball.
         seconds: of each step of this process, previews and checkpoints left out. Starts anew when a run is resumed.
@@ -39,7 +40,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     highest_c_over_rho: float | None = None
-    last_measures: dict[str, float] = field(default_factory=dict)
+    last_measures: dict[str, float | None] = field(default_factory=dict)
     gap_above_noise: bool = False
     seconds: list[float] = field(default_factory=list)
 
@@ -50,16 +51,17 @@ class Progress:
         self.losses.append(step.loss if math.isfinite(step.loss) else None)
         self.skipped += not step.applied
         self.skipped_in_a_row = 0 if step.applied else self.skipped_in_a_row + 1
-        self.last_measures = measures
-        if "c_over_rho" in measures:
-            self.highest_c_over_rho = max(measures["c_over_rho"], self.highest_c_over_rho or 0.0)
+        self.last_measures = {name: value if math.isfinite(value) else None for name, value in measures.items()}
+        share = self.last_measures.get("c_over_rho")
+        if share is not None:
+            self.highest_c_over_rho = max(share, self.highest_c_over_rho or 0.0)
         self.seconds.append(seconds)
 
     def add_gap(self, gap: LossGap) -> None:
         """A measurement made before the step that comes next."""
         if not (math.isfinite(gap.perturbed) and math.isfinite(gap.clean)):
             return
-        self.gap_steps.append(self.step)
+        self.gap_steps.append(self.step + 1)
         self.perturbed_losses.append(gap.perturbed)
         self.clean_losses.append(gap.clean)
         self.gap_above_noise |= not gap.is_noise
@@ -101,4 +103,5 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        return cls(**values)
+        """From a checkpoint. Bad steps in a row are counted anew: whoever resumes has changed something."""
+        return cls(**(values | {"skipped_in_a_row": 0}))

@@ -1,10 +1,12 @@
 """A whole run: from a configuration to a LoRA file that was loaded again and found equal."""
 
+import errno
 import logging
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,17 @@ from bilora_diffusion.checkpoint import (
     restore_adapters,
     save_checkpoint,
 )
-from bilora_diffusion.config import TrainingConfig, as_dict, to_yaml
+from bilora_diffusion.config import TrainingConfig, show, to_yaml
 from bilora_diffusion.data.dreambooth import DrawBatches, Row, flatten
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.finishing import finish, save_loras
-from bilora_diffusion.interruption import Interruption
+from bilora_diffusion.finishing import finish, save_loras, upload
+from bilora_diffusion.interruption import Interruption, ignore_interrupts
 from bilora_diffusion.loss_gap import LossGap, measure_loss_gap
 from bilora_diffusion.previews import Previews
 from bilora_diffusion.processes import average
 from bilora_diffusion.progress import Progress
-from bilora_diffusion.run_folder import RunFolder
-from bilora_diffusion.tracking import check_trackers
+from bilora_diffusion.run_folder import TRACKED_AS, RunFolder
+from bilora_diffusion.tracking import check_trackers, start_trackers
 
 __all__ = ["Outcome", "train"]
 
@@ -62,6 +64,23 @@ def train(config: TrainingConfig) -> Outcome:
     Raises:
         UserError: anything in the flags, files or machine that does not fit; nothing of an earlier run is lost then.
     """
+    try:
+        return _train(config)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is too small for this run: try --gradient_checkpointing, --mixed_precision bf16, a "
+            "smaller --train_batch_size (with more --gradient_accumulation_steps) or a smaller --resolution"
+        ) from error
+    except OSError as error:  # from a library that writes: a tracker, a cache
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk is full ({error.filename or config.output_dir}): free some space or choose another "
+            "--output_dir; checkpoints made before are whole"
+        ) from error
+
+
+def _train(config: TrainingConfig) -> Outcome:
     precision = _precision(config)
     accelerator = _accelerator(config)
     machine = Machine(
@@ -75,7 +94,7 @@ def train(config: TrainingConfig) -> Outcome:
     if machine.is_main:
         for warning in config.warnings():
             logger.warning(warning)
-    folder = RunFolder(config.output_dir, writes=machine.is_main)
+    folder = RunFolder(config.output_dir, config.logging_dir, writes=machine.is_main)
     checkpoint = _checkpoint_to_resume(config, folder)
     machine.wait()  # all have looked before the first writes
     pictures, warnings = read_pictures(config)
@@ -98,44 +117,36 @@ def train(config: TrainingConfig) -> Outcome:
     progress = Progress(seed)
     if checkpoint is not None:
         path, content = checkpoint
-        restore_adapters(path, content, parts.models)
-        parts.trainer.load_state_dict(content.state)
-        progress = replace(Progress.from_json(dict(content.progress)), seed=seed)
+        progress = _restore(path, content, parts, seed)
         logger.info(f"resuming at step {progress.step} from {path}")
-    folder.begin(to_yaml(resolved), fresh=checkpoint is None)
+    folder.begin(to_yaml(resolved), fresh=checkpoint is None or not _is_inside(checkpoint[0], folder))
     folder.forget_after(progress.step)
-    if accelerator.log_with:
-        # Trackers are often shared: no token, no path of this machine.
-        shared = {name: value for name, value in as_dict(resolved).items() if name not in PRIVATE}
-        accelerator.init_trackers("dreambooth-bilora-sdxl", config={name: value for name, value in shared.items() if value is not None})
-    run = Run(resolved, machine, accelerator, parts, folder, progress, steps, steps_per_epoch)
+    started = time.time()
     try:
-        started = time.time()
+        start_trackers(accelerator, TRACKED_AS, resolved)
+        run = Run(resolved, machine, accelerator, parts, folder, progress, steps, steps_per_epoch)
         interrupted = run.fit()
         folder.state("finishing", progress.step, steps, now=True)
         summary = finish(resolved, machine, accelerator, parts, folder, progress, started, interrupted)
         folder.state("interrupted" if interrupted else "finished", progress.step, steps, now=True)
-    except BaseException:
-        folder.state("failed", progress.step, steps, now=True)
+    except BaseException as error:
+        _leave(accelerator, folder, progress.step, steps, error)
         raise
+    if config.push_to_hub and not interrupted and machine.is_main:
+        upload(config, folder)
     accelerator.end_training()
     return Outcome(folder.path, interrupted, summary)
 
 
-PRIVATE = (
-    "hub_token",
-    "instance_data_dir",
-    "class_data_dir",
-    "output_dir",
-    "cache_dir",
-    "logging_dir",
-    "resume_from_checkpoint",
-    "init_lora_from",
-    "dataset_name",
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-)
-"""Flags whose values may be a path of this machine or a secret."""
+def _leave(accelerator: Accelerator, folder: RunFolder, step: int, steps: int, error: BaseException) -> None:
+    """Notes that a run ended early, as far as that can still be noted; the error at hand is what counts."""
+    at_once = isinstance(error, KeyboardInterrupt)
+    with suppress(UserError):
+        folder.state("interrupted" if at_once else "failed", step, steps, now=True)
+    if not at_once:  # closing an online tracker can take long
+        for tracker in accelerator.trackers:
+            with suppress(Exception):
+                tracker.finish()
 
 
 class Run:
@@ -159,18 +170,16 @@ class Run:
         self.folder = folder
         self.progress = progress
         self.steps = steps
-        self.previews = Previews(config, machine, accelerator, parts, folder, steps_per_epoch)
+        self.previews = Previews(config, machine, accelerator, parts, folder, steps, steps_per_epoch)
         self.gap_interval = _gap_interval(config, steps)
 
     def fit(self) -> bool:
         """Trains up to the last step. Returns whether it was interrupted before."""
         config, progress, trainer = self.config, self.progress, self.parts.trainer
         rows_a_step = config.train_batch_size * config.gradient_accumulation_steps * self.machine.processes
-        bar = tqdm(
-            initial=progress.step, total=self.steps, desc=config.method, disable=not self.machine.is_main
-        )
+        bar = tqdm(initial=progress.step, total=self.steps, desc=config.method, disable=not self.machine.is_main)
         batches = self._batches()
-        with Interruption() as interruption, bar:
+        with Interruption(announces=self.machine.is_main) as interruption, bar:
             while progress.step < self.steps:
                 began = time.perf_counter()
                 drawn = [self.parts.make_batch(next(batches)) for _ in range(config.gradient_accumulation_steps)]
@@ -205,6 +214,7 @@ class Run:
             batch_sampler=draws,
             collate_fn=flatten,
             num_workers=self.config.dataloader_num_workers,
+            worker_init_fn=ignore_interrupts,
         )
         return iter(loader)
 
@@ -220,21 +230,21 @@ class Run:
     def _log(self, bar: tqdm, rate: float) -> None:
         progress = self.progress
         shown: dict[str, float | None] = {"loss": progress.losses[-1], "lr": rate, **progress.last_measures}
-        if progress.gap_steps and progress.gap_steps[-1] == progress.step - 1:
+        if progress.gap_steps and progress.gap_steps[-1] == progress.step:
             shown["loss_gap"] = progress.last_gap
         shown["seconds"] = progress.seconds[-1]
         self.folder.metrics(progress.step, shown)
         self.accelerator.log({name: value for name, value in shown.items() if value is not None}, step=progress.step)
         self.folder.state("running", progress.step, self.steps)
-        bar.update(1)
-        loss = progress.losses[-1]
+        loss, share = progress.losses[-1], progress.last_measures.get("c_over_rho")
         texts = {"loss": "not finite" if loss is None else f"{loss:.4f}", "lr": f"{rate:.1e}"}
-        if "c_over_rho" in progress.last_measures:
-            texts["c/rho"] = f"{progress.last_measures['c_over_rho']:.2f}"
+        if share is not None:
+            texts["c/rho"] = f"{share:.2f}"
         if progress.last_gap is not None:
             texts["gap"] = f"{progress.last_gap:+.1e}"
         texts["s/step"] = f"{progress.seconds[-1]:.2f}"
-        bar.set_postfix(texts, refresh=False)
+        bar.set_postfix(texts, refresh=False)  # the time left is in the bar's own text
+        bar.update(1)
 
     def _stop_if_hopeless(self) -> None:
         if self.progress.skipped_in_a_row >= self.config.max_bad_steps:
@@ -253,7 +263,7 @@ class Run:
                 for name, parameter in parameters_of(model, AUXILIARY).items()
             }
             checkpoint = Checkpoint(
-                _identity(config), self.progress.to_json(), parts.trainer.state_dict(), auxiliary
+                _identity(config), _kept(config), self.progress.to_json(), parts.trainer.state_dict(), auxiliary
             )
             with auxiliary_off(parts.models.values()):
                 save_checkpoint(
@@ -275,22 +285,69 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
         "train_text_encoder": config.train_text_encoder,
         "use_dora": config.use_dora,
         "optimizer": config.optimizer,
+        "use_8bit_adam": config.use_8bit_adam,
     }
     if config.method == "bilora":
         identity |= {"auxiliary_rank": config.auxiliary_rank or config.rank, "ascent": config.ascent}
     return identity
 
 
+KEPT = (
+    "learning_rate",
+    "text_encoder_lr",
+    "auxiliary_learning_rate",
+    "auxiliary_weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "adam_weight_decay",
+    "adam_weight_decay_text_encoder",
+)
+"""Flags that are part of the optimisers' state: the checkpoint's values go on."""
+
+
+def _kept(config: TrainingConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in KEPT}
+
+
+def _restore(path: Path, content: Checkpoint, parts: Parts, seed: int) -> Progress:
+    """Puts a run back to where the checkpoint was made."""
+    restore_adapters(path, content, parts.models)
+    try:
+        parts.trainer.load_state_dict(content.state)
+        return replace(Progress.from_json(dict(content.progress)), seed=seed)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit this run ({reason}); start a new one in another --output_dir") from error
+
+
+def _is_inside(checkpoint: Path, folder: RunFolder) -> bool:
+    """Whether a checkpoint is of the run in this folder."""
+    return checkpoint.resolve().parent == folder.path.resolve()
+
+
+def _warn_of_kept(config: TrainingConfig, saved: Mapping[str, Any]) -> None:
+    for name, value in _kept(config).items():
+        if name in saved and saved[name] != value:
+            logger.warning(f"--{name} {show(value)} has no effect: the resumed run goes on with {show(saved[name])}")
+
+
 def _checkpoint_to_resume(config: TrainingConfig, folder: RunFolder) -> tuple[Path, Checkpoint] | None:
-    """The checkpoint to go on from, read and found to fit; None for a fresh run, which may need the folder free."""
-    if config.resume_from_checkpoint is not None:
-        path = find_checkpoint(folder.path, config.resume_from_checkpoint)
-        if path is not None:
-            return path, load_checkpoint(path, _identity(config))
+    """The checkpoint to go on from, read and found to fit; None for a fresh run.
+
+    Raises:
+        UserError: no such checkpoint, it is damaged or of another kind of run, or the folder holds another run.
+    """
+    wanted = config.resume_from_checkpoint
+    path = None if wanted is None else find_checkpoint(folder.path, wanted)
+    checkpoint = None if path is None else (path, load_checkpoint(path, _identity(config)))
+    if checkpoint is not None:
+        _warn_of_kept(config, checkpoint[1].kept)
+    if not config.overwrite_output_dir and (path is None or not _is_inside(path, folder)):
+        folder.refuse_another_run(restart=wanted is not None and path is None)
+    if wanted is not None and path is None:
         logger.info(f"--resume_from_checkpoint latest: no checkpoint in {folder.path} yet, starting a new run")
-    if not config.overwrite_output_dir:
-        folder.refuse_another_run()
-    return None
+    return checkpoint
 
 
 def _seed(config: TrainingConfig, checkpoint: tuple[Path, Checkpoint] | None) -> int:
@@ -312,16 +369,15 @@ def _gap_interval(config: TrainingConfig, steps: int) -> int:
     return max(1, min(50, steps // 10))
 
 
-def _resolved(
-    config: TrainingConfig, parts: Parts, *, seed: int, steps: int, precision: str
-) -> TrainingConfig:
-    """The configuration with everything that was left open filled in, so that it gives the same run again."""
+def _resolved(config: TrainingConfig, parts: Parts, *, seed: int, steps: int, precision: str) -> TrainingConfig:
+    """The configuration with everything that was left open filled in, so that it gives the same run again, whole."""
     changes: dict[str, Any] = {
         "seed": seed,
         "max_train_steps": steps,
         "resolution": parts.resolution,
         "lora_alpha": float(config.lora_alpha or config.rank),
         "mixed_precision": precision,
+        "resume_from_checkpoint": None,
     }
     if parts.radius is not None:
         changes |= {

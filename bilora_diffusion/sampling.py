@@ -4,7 +4,8 @@ The UNet may run in half precision; the VAE always decodes in float32 (SDXL's ov
 pictures) and need not exist while the UNet runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,7 @@ class PromptEmbeddings:
 
 
 @torch.no_grad()
-def embed_for_sampling(
-    pipeline: StableDiffusionXLPipeline, prompt: str, device: torch.device
-) -> PromptEmbeddings:
+def embed_for_sampling(pipeline: StableDiffusionXLPipeline, prompt: str, device: torch.device) -> PromptEmbeddings:
     """What the pipeline would make of a prompt and an empty negative one; the text encoders can be freed after it."""
     names = (
         "prompt_embeds",
@@ -74,28 +73,37 @@ def sample_pictures(
         steps: denoising steps; 25 is the stock script's.
     """
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
+    arguments = {"prompt": prompt} if isinstance(prompt, str) else prompt.arguments(device, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    training = pipeline.unet.training
-    pipeline.unet.eval()
-    latents = []
-    for start in range(0, len(numbers), batch_size):
-        group = numbers[start : start + batch_size]
-        if isinstance(prompt, str):
-            arguments = {"prompt": prompt}
-        else:
-            arguments = prompt.arguments(device, dtype)
-        batch = pipeline(
-            **arguments,
-            num_images_per_prompt=len(group),
-            num_inference_steps=steps,
-            height=resolution,
-            width=resolution,
-            generator=[generator(seed, "sample", number) for number in group],
-            output_type="latent",
-        ).images
-        latents.extend(batch.float())
-    pipeline.unet.train(training)
+    latents: list[Tensor] = []
+    with _evaluation_mode(pipeline):
+        for start in range(0, len(numbers), batch_size):
+            group = numbers[start : start + batch_size]
+            batch = pipeline(
+                **arguments,
+                num_images_per_prompt=len(group),
+                num_inference_steps=steps,
+                height=resolution,
+                width=resolution,
+                generator=[generator(seed, "sample", number) for number in group],
+                output_type="latent",
+            ).images
+            latents.extend(batch.float())
     return decode(load_vae(), latents)
+
+
+@contextmanager
+def _evaluation_mode(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
+    """Inside, no adapter's dropout, in the text encoders neither; afterwards every part has the mode it had."""
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    training = [part for part in parts if part is not None and part.training]
+    try:
+        for part in training:
+            part.eval()
+        yield
+    finally:
+        for part in training:
+            part.train()
 
 
 def decode(vae: nn.Module, latents: Sequence[Tensor]) -> list[Image.Image]:

@@ -68,9 +68,7 @@ class SingleFile:
 
     def __init__(self, path: Path, where: str, config: Path = SDXL_CONFIG) -> None:
         if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-            raise UserError(
-                f"{where} is a pickle, which can run any code when opened; use the model's .safetensors."
-            )
+            raise UserError(f"{where} is a pickle, which can run any code when opened; use the model's .safetensors.")
         if path.suffix != ".safetensors":
             raise UserError(f"{where} is not a .safetensors file.")
         self.path = path
@@ -155,9 +153,7 @@ class SingleFile:
             wanted = sorted(key for key in self.keys if key.startswith(prefix))
             return {key.removeprefix(prefix): file.get_tensor(key) for key in wanted}
 
-    def _clip(
-        self, cls: type[nn.Module], name: str, weights: dict[str, Tensor], dtype: torch.dtype
-    ) -> nn.Module:
+    def _clip(self, cls: type[nn.Module], name: str, weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
         config = CLIPTextConfig.from_pretrained(self.config.path / name)
         with init_empty_weights():
             model = cls(config)
@@ -192,9 +188,7 @@ def _from_original(
     """UNet or VAE by diffusers' own conversion, which looks for the UNet's prefix and not for the VAE's."""
     if name == "unet":
         weights = {PREFIXES[name] + key: weight for key, weight in weights.items()}
-    model = cls.from_single_file(
-        weights, config=str(config), subfolder=name, dtype=dtype, local_files_only=True
-    )
+    model = cls.from_single_file(weights, config=str(config), subfolder=name, dtype=dtype, local_files_only=True)
     check_complete(model, (), where, name)
     return model
 

@@ -1,5 +1,6 @@
 """Trackers (tensorboard, wandb, trackio, ...) through accelerate, pictures included."""
 
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +10,26 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
+from bilora_diffusion.config import TrainingConfig, as_dict
 from bilora_diffusion.errors import UserError
 
-__all__ = ["check_trackers", "log_pictures"]
+__all__ = ["check_trackers", "log_pictures", "start_trackers"]
+
+PRIVATE = (
+    "hub_token",
+    "hub_model_id",
+    "instance_data_dir",
+    "class_data_dir",
+    "output_dir",
+    "cache_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+    "init_lora_from",
+    "dataset_name",
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+)
+"""Flags whose values may be a path of this machine, a user's name or a secret."""
 
 PACKAGES = {
     "tensorboard": "tensorboard",
@@ -44,17 +62,32 @@ def check_trackers(report_to: str) -> str | None:
     return report_to
 
 
-def log_pictures(
-    accelerator: Accelerator, name: str, pictures: Sequence[Image.Image], prompt: str, step: int
-) -> None:
+def start_trackers(accelerator: Accelerator, project: str, config: TrainingConfig) -> None:
+    """Opens the trackers and tells them the configuration, without what must not be shared: trackers often are.
+
+    Raises:
+        UserError: one does not start: no account, no network, a folder that cannot be written.
+    """
+    if not accelerator.log_with:
+        return
+    values = {name: value for name, value in as_dict(config).items() if name not in PRIVATE and value is not None}
+    try:
+        accelerator.init_trackers(project, config=values)
+    except Exception as error:  # each library has its own kinds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"--report_to {config.report_to}: the tracker does not start ({reason}): set it up, or take tensorboard "
+            "or none"
+        ) from error
+
+
+def log_pictures(accelerator: Accelerator, name: str, pictures: Sequence[Image.Image], prompt: str, step: int) -> None:
     """Shows pictures in every tracker that can."""
     for tracker in accelerator.trackers:
         _log_to(tracker, name, pictures, prompt, step)
 
 
-def _log_to(
-    tracker: GeneralTracker, name: str, pictures: Sequence[Image.Image], prompt: str, step: int
-) -> None:
+def _log_to(tracker: GeneralTracker, name: str, pictures: Sequence[Image.Image], prompt: str, step: int) -> None:
     if tracker.name == "tensorboard":
         stacked = np.stack([np.asarray(picture) for picture in pictures])
         tracker.writer.add_images(name, stacked, step, dataformats="NHWC")

@@ -1,5 +1,6 @@
 """The training step: Algorithm 1 of the paper, with any method in Bi-LoRA's place."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +94,9 @@ class Trainer:
         loss = self.method.accumulate(micro_batches)  # at W0 + s1 B1 A1 + s2 B2 A2
         wishes = torch.tensor(float(stop), device=loss.device)
         loss, wishes = average_gradients(self.trained, loss, wishes)
-        norm = self._unscaled_norm()
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))  # the step's one wait for the device
+        told = torch.stack([loss, self._unscaled_norm(), wishes])
+        loss, norm, wishes = told.tolist()  # the step's one wait for the device
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self._clip_primary()
             self.optimizer.step()  # descent on (A1, B1)
@@ -105,7 +107,7 @@ class Trainer:
             self.scaler.update()
         for parameter in self.trained:
             parameter.grad = None
-        return Step(loss.item(), finite, wishes.item() > 0)
+        return Step(loss, finite, wishes > 0)
 
     @property
     def rank(self) -> int:

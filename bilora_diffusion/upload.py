@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
@@ -30,8 +29,9 @@ def push(config: TrainingConfig, folder: Path, files: Sequence[str]) -> str:
             allow_patterns=[*files, "README.md"],
             commit_message="End of training",
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # no network, no right, no such name: of the hub's, the transport's and Python's kinds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"--push_to_hub: the upload failed ({str(error).splitlines()[0]}); everything is saved in {folder}"
+            f"--push_to_hub: the upload failed ({reason}); everything is saved in {folder}: upload it by hand"
         ) from None
     return repository

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -165,9 +165,7 @@ def checkpoint(tiny: StableDiffusionXLPipeline) -> dict[str, Tensor]:
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[dict[str, Tensor]], Path]:
     def write_checkpoint(weights: dict[str, Tensor]) -> Path:
-        save_file(
-            {name: weight.contiguous() for name, weight in weights.items()}, tmp_path / "tiny.safetensors"
-        )
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, tmp_path / "tiny.safetensors")
         return tmp_path / "tiny.safetensors"
 
     return write_checkpoint
@@ -208,9 +206,7 @@ def test_the_tiny_base_has_the_structure_of_sdxl(tiny: StableDiffusionXLPipeline
         "addition_embed_type",
         "in_channels",
     ):
-        assert (
-            list(tiny.unet.config[name]) if name.endswith("types") else tiny.unet.config[name] == theirs[name]
-        )
+        assert list(tiny.unet.config[name]) if name.endswith("types") else tiny.unet.config[name] == theirs[name]
     assert tiny.unet.config.use_linear_projection
     assert tiny.vae_scale_factor == 8
     assert tiny.vae.config.scaling_factor == 0.13025
@@ -356,9 +352,7 @@ def test_an_unknown_part_is_a_programming_error() -> None:
         Base(TINY_RANDOM).load("transformer")
 
 
-def test_names_of_text_encoder_1_as_transformers_4_wrote_them(
-    folder: Path, tiny: StableDiffusionXLPipeline
-) -> None:
+def test_names_of_text_encoder_1_as_transformers_4_wrote_them(folder: Path, tiny: StableDiffusionXLPipeline) -> None:
     path = folder / "text_encoder" / "model.safetensors"
     weights = {f"text_model.{name}": weight for name, weight in load_file(path).items()}
     weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -456,9 +450,7 @@ def test_a_single_file_says_what_its_unet_predicts(
 # --- another VAE ---
 
 
-def test_another_vae_replaces_the_bases_own(
-    tmp_path: Path, folder: Path, tiny: StableDiffusionXLPipeline
-) -> None:
+def test_another_vae_replaces_the_bases_own(tmp_path: Path, folder: Path, tiny: StableDiffusionXLPipeline) -> None:
     vae = AutoencoderKL.from_config(tiny.vae.config)
     vae.save_pretrained(tmp_path / "vae-alone")
     for weights in (folder / "vae").glob("*.safetensors"):
@@ -676,9 +668,7 @@ def hub_error(kind: type[Exception]) -> Exception:
         (RevisionNotFoundError, "no revision nope"),
     ],
 )
-def test_what_the_hub_answers_is_one_line(
-    kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_hub_answers_is_one_line(kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(*_: object, **__: object) -> str:
         raise hub_error(kind)
 
@@ -784,7 +774,12 @@ def test_download_bars_are_shown_by_the_first_process_only(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    before = are_progress_bars_disabled()
-    with quiet_libraries():
-        assert are_progress_bars_disabled() is not shown
-    assert are_progress_bars_disabled() is before
+    hidden_at_first = are_progress_bars_disabled()
+    enable_progress_bars()
+    try:
+        with quiet_libraries():
+            assert are_progress_bars_disabled() is not shown
+        assert not are_progress_bars_disabled()
+    finally:
+        if hidden_at_first:
+            disable_progress_bars()

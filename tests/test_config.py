@@ -116,7 +116,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output_dir": "photos"}, "--output_dir is the folder of --instance_data_dir"),
     ({"rho": 0.1, "rho_relative": 0.1}, "--rho and --rho_relative"),
     ({"lora_layers": "to_q,,to_v"}, "--lora_layers is 'to_q,,to_v'"),
-    ({"use_dora": True, "train_text_encoder": True}, "--use_dora and --train_text_encoder"),
     (PRODIGY | {"use_8bit_adam": True}, "--use_8bit_adam works only with --optimizer AdamW"),
     ({"optimizer": "prodigy", "learning_rate": 1.0}, "needs --auxiliary_learning_rate"),
     ({"optimizer": "prodigy", "ascent": "sgd"}, "needs --auxiliary_learning_rate"),

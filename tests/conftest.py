@@ -1,0 +1,67 @@
+"""Set-up for all tests: no network, one thread, and no test that changes the global random state for the next."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any of the libraries is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from bilora_diffusion.tiny import build_tiny_random
+
+
+def pytest_sessionstart() -> None:
+    torch.set_num_threads(1)
+    # The libraries' million objects need not be walked each time that `assemble` frees memory.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def same_random_state() -> Iterator[None]:
+    """Every test starts from the same global random numbers, whichever ran before it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny() -> StableDiffusionXLPipeline:
+    """The tiny base in float32, frozen. Shared: whoever changes a part takes a deep copy."""
+    pipeline = build_tiny_random()
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        getattr(pipeline, part).requires_grad_(False)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four small pictures, one of them not square, each with its own caption."""
+    folder = tmp_path_factory.mktemp("pictures")
+    tiny_run.write_pictures(folder, [(64, 64), (96, 64), (64, 80), (72, 72)], "a sks picture of kind", seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three other pictures for prior preservation."""
+    folder = tmp_path_factory.mktemp("class_pictures")
+    tiny_run.write_pictures(folder, [(64, 64), (64, 72), (64, 64)], None, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def build(pictures: Path, class_pictures: Path) -> tiny_run.Builder:
+    """Builds a run on the tiny base from flags, by `assemble`, as `train` does. See `tiny_run.TinyRun`."""
+    return tiny_run.Builder(pictures, class_pictures)

@@ -1,0 +1,153 @@
+"""A run on tiny-random, built by `assemble` as the trainer builds it, for tests that take a few steps in process."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, adapted_layers, low_rank_layers, parameters_of
+from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures
+from bilora_diffusion.batches import Batch
+from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.data.dreambooth import flatten
+from bilora_diffusion.randomness import generator
+from bilora_diffusion.training import Step
+
+# alpha != rank and the auxiliary's rank another: most slips in s, alpha and r go unseen while they are equal.
+DEFAULTS: dict[str, Any] = {
+    "pretrained_model_name_or_path": "tiny-random",
+    "instance_prompt": "a sks picture",
+    "center_crop": True,
+    "rank": 4,
+    "lora_alpha": 8.0,
+    "auxiliary_rank": 3,
+    "learning_rate": 1e-3,
+    "text_encoder_lr": 1e-3,
+    "train_batch_size": 2,
+    "max_train_steps": 10,
+    "seed": 0,
+}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write_pictures(folder: Path, sizes: Iterable[tuple[int, int]], caption: str | None, seed: int) -> None:
+    """Smooth random pictures of the given (width, height), with a caption file each unless `caption` is None."""
+    for number, size in enumerate(sizes):
+        coarse = torch.randint(256, (5, 5, 3), generator=generator(seed, "picture", number), dtype=torch.uint8)
+        Image.fromarray(coarse.numpy()).resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        if caption is not None:
+            (folder / f"{number}.txt").write_text(f"{caption} {number}")
+
+
+@dataclass
+class TinyRun:
+    """What `assemble` made of a configuration."""
+
+    config: TrainingConfig
+    parts: Parts
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of one optimiser step, of the draws that a run from 0 sees in it."""
+        size, micro = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        first = step * size * micro
+        return [
+            self.batch(range(first + number * size, first + (number + 1) * size)) for number in range(micro)
+        ]
+
+    def batch(self, draws: Iterable[int]) -> Batch:
+        return self.parts.make_batch(flatten([self.parts.dataset[draw] for draw in draws]))
+
+    def micro_batches(self, step: int = 0) -> list:
+        return self.parts.trainer.micro_batches(self.batches(step))
+
+    def step(self, number: int) -> Step:
+        return self.parts.trainer.training_step(self.micro_batches(number), number)
+
+    def train(self, steps: int, start: int = 0) -> list[float]:
+        """The losses of some steps."""
+        return [self.step(number).loss for number in range(start, start + steps)]
+
+    def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
+        return {
+            f"{part}.{name}": parameter
+            for part, model in self.parts.models.items()
+            for name, parameter in parameters_of(model, adapter).items()
+        }
+
+    def tensors(self, adapter: str = PRIMARY) -> dict[str, Tensor]:
+        """A copy of one adapter's weights."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters(adapter).items()}
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """A copy of everything that must not change: the models' own parameters and buffers."""
+        return {
+            f"{part}.{name}": tensor.detach().clone()
+            for part, model in self.parts.models.items()
+            for name, tensor in model.state_dict().items()
+            if not {PRIMARY, AUXILIARY} & set(name.split("."))
+        }
+
+    @property
+    def auxiliary(self) -> list[LowRank]:
+        return low_rank_layers(self.parts.models, AUXILIARY)
+
+    def move_auxiliary(self, size: float = 0.05) -> None:
+        """Gives the auxiliary's B, zero at the start, some values, so that it perturbs."""
+        draw = torch.Generator().manual_seed(3)
+        for layer in self.auxiliary:
+            layer.B.data = size * torch.randn(layer.B.shape, generator=draw)
+
+
+class Builder:
+    """Builds runs; called with flags that differ from `DEFAULTS`."""
+
+    def __init__(self, pictures: Path, class_pictures: Path | None = None) -> None:
+        self.folders = {"instance_data_dir": str(pictures), "class_data_dir": str(class_pictures)}
+
+    def __call__(self, method: str = "bilora", precision: str = "no", seed: int = 0, **flags: Any) -> TinyRun:
+        changes = {**DEFAULTS, **flags, "method": method, "mixed_precision": precision}
+        if changes.get("with_prior_preservation"):
+            changes = {"class_prompt": "a picture", "num_class_images": 3, **changes}
+            changes["class_data_dir"] = self.folders["class_data_dir"]
+        config = TrainingConfig(**{"instance_data_dir": self.folders["instance_data_dir"], **changes})
+        machine = Machine(torch.device("cpu"), DTYPES[precision], 0, 1, lambda: None)
+        parts = assemble(
+            config, machine, read_pictures(config)[0], seed=seed, steps_of=lambda _: config.max_train_steps
+        )
+        return TinyRun(config, parts)
+
+
+def all_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """The same names and the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor] | None = None) -> float:
+    """||one - other|| / ||one||, or relative to what training changed, ||one - start||; in float64."""
+    assert one.keys() == other.keys()
+
+    def norm(tensors: Sequence[Tensor]) -> float:
+        return torch.cat([tensor.flatten().double() for tensor in tensors]).norm().item()
+
+    apart = norm([one[name] - other[name] for name in one])
+    size = norm([one[name] - start[name] for name in one] if start else list(one.values()))
+    return apart / size
+
+
+def scaled_down(batch: Batch, timesteps: int) -> Batch:
+    """The batch with all its timesteps set to one value."""
+    return replace(batch, timesteps=torch.full_like(batch.timesteps, timesteps))
+
+
+def deltas(run: TinyRun, adapter: str) -> dict[str, Tensor]:
+    """s B A of every layer, dense."""
+    return {
+        f"{part}.{name}": layer.get_delta_weight(adapter).detach()
+        for part, model in run.parts.models.items()
+        for name, layer in adapted_layers(model)
+        if adapter in layer.lora_A
+    }
