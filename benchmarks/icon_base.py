@@ -256,7 +256,12 @@ def _batch(latents: Tensor, captions: Tensor, empty: Tensor, step: int) -> Batch
     ids = torch.where(dropped[:, None, None], empty, captions[rows])
     noise, timesteps = draws(SEED, "base", rows, latents, step)
     return Batch(
-        latents[rows], noise, timesteps, Conditioning(_sizes(BATCH), token_ids=ids), torch.ones(BATCH), torch.ones(BATCH)
+        latents[rows],
+        noise,
+        timesteps,
+        Conditioning(_sizes(BATCH), token_ids=ids),
+        torch.ones(BATCH),
+        torch.ones(BATCH),
     )
 
 
@@ -265,7 +270,12 @@ def _probe(latents: Tensor, captions: Tensor) -> Batch:
     rows = torch.arange(256) % len(latents)
     noise, timesteps = draws(SEED, "base probe", rows, latents, 0)
     return Batch(
-        latents[rows], noise, timesteps, Conditioning(_sizes(256), token_ids=captions[rows]), torch.ones(256), torch.ones(256)
+        latents[rows],
+        noise,
+        timesteps,
+        Conditioning(_sizes(256), token_ids=captions[rows]),
+        torch.ones(256),
+        torch.ones(256),
     )
 
 

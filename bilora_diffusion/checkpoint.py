@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,9 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
     try:
         facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
         saved_identity, kept, progress = (dict(facts[name]) for name in ("identity", "kept", "progress"))
-        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of what is odd in a damaged file; the error says enough
+            warnings.simplefilter("ignore")
+            state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
         auxiliary = load_file(path / AUXILIARY_FILE) if (path / AUXILIARY_FILE).exists() else {}
     except _DAMAGE as error:
         raise _damaged(path, error) from None

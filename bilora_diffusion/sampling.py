@@ -94,16 +94,16 @@ def sample_pictures(
 
 @contextmanager
 def _evaluation_mode(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
-    """Inside, no adapter's dropout, in the text encoders neither; afterwards every part has the mode it had."""
-    parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
-    training = [part for part in parts if part is not None and part.training]
+    """Inside, no adapter's dropout, in the text encoders neither; afterwards every module has the mode it had."""
+    parts = [part for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) if part is not None]
+    training = [module for part in parts for module in part.modules() if module.training]
     try:
-        for part in training:
+        for part in parts:
             part.eval()
         yield
     finally:
-        for part in training:
-            part.train()
+        for module in training:
+            module.training = True
 
 
 def decode(vae: nn.Module, latents: Sequence[Tensor]) -> list[Image.Image]:

@@ -1,5 +1,6 @@
 """Trackers (tensorboard, wandb, trackio, ...) through accelerate, pictures included."""
 
+import errno
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,8 @@ def start_trackers(accelerator: Accelerator, project: str, config: TrainingConfi
     try:
         accelerator.init_trackers(project, config=values)
     except Exception as error:  # each library has its own kinds
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the disk's fault, not the tracker's
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"--report_to {config.report_to}: the tracker does not start ({reason}): set it up, or take tensorboard "

@@ -7,7 +7,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import tiny_run
@@ -46,22 +45,6 @@ def tiny() -> StableDiffusionXLPipeline:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of four small pictures, one of them not square, each with its own caption."""
-    folder = tmp_path_factory.mktemp("pictures")
-    tiny_run.write_pictures(folder, [(64, 64), (96, 64), (64, 80), (72, 72)], "a sks picture of kind", seed=0)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def class_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three other pictures for prior preservation."""
-    folder = tmp_path_factory.mktemp("class_pictures")
-    tiny_run.write_pictures(folder, [(64, 64), (64, 72), (64, 64)], None, seed=1)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def build(pictures: Path, class_pictures: Path) -> tiny_run.Builder:
+def build(tmp_path_factory: pytest.TempPathFactory) -> tiny_run.Builder:
     """Builds a run on the tiny base from flags, by `assemble`, as `train` does. See `tiny_run.TinyRun`."""
-    return tiny_run.Builder(pictures, class_pictures)
+    return tiny_run.Builder(*tiny_run.write_both(tmp_path_factory.mktemp("tiny_run")))

@@ -1,7 +1,7 @@
 """A run on tiny-random, built by `assemble` as the trainer builds it, for tests that take a few steps in process."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from bilora_diffusion.training import Step
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": "tiny-random",
     "instance_prompt": "a sks picture",
+    "resolution": 64,
     "center_crop": True,
+    "lora_layers": "to_k,to_out.0",  # half of the projections, for speed; None = all four
     "rank": 4,
     "lora_alpha": 8.0,
     "auxiliary_rank": 3,
     "learning_rate": 1e-3,
     "text_encoder_lr": 1e-3,
+    "lr_warmup_steps": 0,
     "train_batch_size": 2,
     "max_train_steps": 10,
     "seed": 0,
@@ -43,6 +46,16 @@ def write_pictures(folder: Path, sizes: Iterable[tuple[int, int]], caption: str 
             (folder / f"{number}.txt").write_text(f"{caption} {number}")
 
 
+def write_both(folder: Path) -> tuple[Path, Path]:
+    """The instance pictures of the tests, one of them wide and one high, with captions, and the class pictures."""
+    instances, classes = folder / "pictures", folder / "class_pictures"
+    for one in (instances, classes):
+        one.mkdir()
+    write_pictures(instances, [(64, 64), (96, 64), (64, 80), (72, 72)], "a sks picture of kind", seed=0)
+    write_pictures(classes, [(64, 64), (64, 72), (64, 64)], None, seed=1)
+    return instances, classes
+
+
 @dataclass
 class TinyRun:
     """What `assemble` made of a configuration."""
@@ -54,9 +67,7 @@ class TinyRun:
         """The micro-batches of one optimiser step, of the draws that a run from 0 sees in it."""
         size, micro = self.config.train_batch_size, self.config.gradient_accumulation_steps
         first = step * size * micro
-        return [
-            self.batch(range(first + number * size, first + (number + 1) * size)) for number in range(micro)
-        ]
+        return [self.batch(range(first + number * size, first + (number + 1) * size)) for number in range(micro)]
 
     def batch(self, draws: Iterable[int]) -> Batch:
         return self.parts.make_batch(flatten([self.parts.dataset[draw] for draw in draws]))
@@ -136,11 +147,6 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str
     apart = norm([one[name] - other[name] for name in one])
     size = norm([one[name] - start[name] for name in one] if start else list(one.values()))
     return apart / size
-
-
-def scaled_down(batch: Batch, timesteps: int) -> Batch:
-    """The batch with all its timesteps set to one value."""
-    return replace(batch, timesteps=torch.full_like(batch.timesteps, timesteps))
 
 
 def deltas(run: TinyRun, adapter: str) -> dict[str, Tensor]:

@@ -46,9 +46,13 @@ class Radius:
 
 
 def radius(
-    models: Mapping[str, torch.nn.Module], rank: int, rho: float | None = None, relative: float | None = None
+    models: Mapping[str, torch.nn.Module],
+    rank: int,
+    rho: float | None = None,
+    relative: float | None = None,
+    singular_share: float = SINGULAR_SHARE,
 ) -> Radius:
-    """Bi-LoRA's rho: as given, as a share of ||W||_F, or the default.
+    """Bi-LoRA's rho: as given, as a share of ||W||_F, else as a share of the singular values.
 
     The default is a share of the weights' singular values because that is what carries over between widths: a
     perturbation of rank r has all its energy in r directions, a weight of width d in d, so a fixed share of ||W||_F is a
@@ -58,7 +62,7 @@ def radius(
     if rho is None and relative is not None:
         rho = relative * weight_norm
     elif rho is None:
-        rho = SINGULAR_SHARE * spectral_norm * math.sqrt(rank)
+        rho = singular_share * spectral_norm * math.sqrt(rank)
     return Radius(rho, weight_norm, spectral_norm, rank)
 
 

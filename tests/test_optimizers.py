@@ -1,0 +1,133 @@
+"""The primary's optimiser and the learning rates of all parts, as the stock script sets them."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.optimizers import auxiliary_learning_rates, build_optimizer, learning_rates
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def config(**flags) -> TrainingConfig:
+    return TrainingConfig(
+        **{
+            "pretrained_model_name_or_path": "tiny-random",
+            "instance_data_dir": "pictures",
+            "instance_prompt": "a sks picture",
+            "learning_rate": 2e-4,
+            "text_encoder_lr": 5e-6,
+            **flags,
+        }
+    )
+
+
+def parameters() -> dict[str, list[nn.Parameter]]:
+    return {part: [nn.Parameter(torch.ones(2, 3)) for _ in range(2)] for part in PARTS}
+
+
+def test_unet_and_text_encoders_have_rates_of_their_own():
+    assert learning_rates(config(), PARTS, 8) == {"unet": 2e-4, "text_encoder": 5e-6, "text_encoder_2": 5e-6}
+    assert learning_rates(config(), ["unet"], 8) == {"unet": 2e-4}
+
+
+def test_scaling_the_rate_concerns_the_unet_alone():
+    """accumulation x batch x processes, as in the stock script, which leaves --text_encoder_lr as it is."""
+    rates = learning_rates(config(scale_lr=True), PARTS, 8)
+    assert rates == {"unet": pytest.approx(16e-4), "text_encoder": 5e-6, "text_encoder_2": 5e-6}
+
+
+def test_a_run_scales_by_the_rows_of_an_optimiser_step(build):
+    run = build(scale_lr=True, learning_rate=1e-4, train_batch_size=2, gradient_accumulation_steps=3)
+    assert [group["lr"] for group in run.parts.trainer.optimizer.param_groups] == [pytest.approx(6e-4)]
+    assert [group["lr"] for group in run.parts.method.schedulable[0].param_groups] == [pytest.approx(6e-4)]
+
+
+def test_prodigy_has_one_rate():
+    rates = learning_rates(config(optimizer="prodigy", learning_rate=1.0, ascent="normalized"), PARTS, 8)
+    assert rates == dict.fromkeys(PARTS, 1.0)
+
+
+def test_the_auxiliary_has_the_rates_of_its_parts_unless_told():
+    rates = learning_rates(config(), PARTS, 1)
+    assert auxiliary_learning_rates(config(), rates) == rates
+    assert auxiliary_learning_rates(config(auxiliary_learning_rate=3e-3), rates) == dict.fromkeys(PARTS, 3e-3)
+    assert auxiliary_learning_rates(config(auxiliary_learning_rate=0.0), rates) == dict.fromkeys(PARTS, 0.0)
+
+
+def test_adamw_has_a_group_a_part():
+    flags = {
+        "adam_weight_decay": 0.1,
+        "adam_weight_decay_text_encoder": 0.2,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+    }
+    given = parameters()
+    optimizer = build_optimizer(config(**flags), given, {"unet": 1e-4, "text_encoder": 2e-5, "text_encoder_2": 3e-5})
+    assert type(optimizer) is torch.optim.AdamW
+    groups = optimizer.param_groups
+    assert [group["lr"] for group in groups] == [1e-4, 2e-5, 3e-5]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.2, 0.2]
+    assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6 for group in groups)
+    assert not any(group["maximize"] for group in groups)
+    for group, part in zip(groups, PARTS, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in given[part]]
+
+
+def test_the_fused_step_is_adamws():
+    """Against the plain implementation, with a parameter that gets no gradient: it gets no weight decay either."""
+    ours, theirs = parameters(), parameters()
+    rates = {"unet": 1e-2, "text_encoder": 1e-3, "text_encoder_2": 1e-3}
+    optimizer = build_optimizer(config(), ours, rates)
+    plain = torch.optim.AdamW(
+        [
+            {"params": theirs[part], "lr": rates[part], "weight_decay": decay}
+            for part, decay in zip(PARTS, (1e-4, 1e-3, 1e-3), strict=True)
+        ],
+        fused=False,
+        foreach=False,
+    )
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for part in PARTS:
+            gradient = torch.randn(2, 3, generator=draw)
+            ours[part][0].grad, theirs[part][0].grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        plain.step()
+    for part in PARTS:
+        assert torch.allclose(ours[part][0], theirs[part][0], rtol=1e-6)
+        assert torch.equal(ours[part][1], torch.ones(2, 3))
+
+
+def test_prodigy_trains_beside_an_auxiliary(build):
+    pytest.importorskip("prodigyopt")
+    run = build(
+        optimizer="prodigy", learning_rate=1.0, auxiliary_learning_rate=0.02, rho=2.0, prodigy_safeguard_warmup=True
+    )
+    optimizer = run.parts.trainer.optimizer
+    assert type(optimizer).__name__ == "Prodigy"
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 1.0 and group["decouple"] and group["safeguard_warmup"]
+    start = run.tensors()
+    run.train(3)
+    assert any(not torch.equal(start[name], tensor) for name, tensor in run.tensors().items())
+    assert run.parts.method.measures()["c_over_rho"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        ({"optimizer": "prodigy", "learning_rate": 1.0, "ascent": "normalized"}, "prodigyopt"),
+        ({"use_8bit_adam": True}, "bitsandbytes"),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, flags, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.optim", None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        build_optimizer(config(**flags), parameters(), dict.fromkeys(PARTS, 1e-4))
