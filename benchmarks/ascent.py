@@ -78,7 +78,7 @@ class Configuration:
 
 
 def configurations() -> Iterator[Configuration]:
-    """LoRA at both learning rates; every ascent over the radius; gaussian starts; the paper's own radius (0.05 s)."""
+    """LoRA; every ascent over the radius; gaussian starts; the paper's own radius (0.05 s)."""
     for rate in (3e-4, 1e-3):
         yield Configuration("lora", rate)
     for ascent in ("adamw", "sgd", "normalized"):
@@ -91,6 +91,11 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration("bilora", 3e-4, ascent, "kaiming", 0.2)
         for share in (0.04, 0.12, 0.2):
             yield Configuration("bilora", 1e-3, ascent, "kaiming", share)
+    # Does Bi-LoRA only learn faster? LoRA at twice the rates tells what speed alone gains and what it forgets.
+    for rate in (2e-3, 6e-4):
+        yield Configuration("lora", rate)
+    for rate, share in ((1e-3, 0.04), (1e-3, 0.12), (1e-3, 0.2), (3e-4, 0.12)):
+        yield Configuration("bilora", rate, "adamw", "gaussian", share)
 
 
 class Laboratory:
@@ -230,6 +235,7 @@ def _header(laboratory: Laboratory) -> dict[str, Any]:
         "device": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
         "commit": commit,
         "base": laboratory.base_facts,
+        "before_tuning": laboratory.evaluate(laboratory.base),
         "icons_sha256": laboratory.icons.sha256,
         "steps": STEPS,
         "rank": RANK,
@@ -254,53 +260,70 @@ SDXL_SHAPES = {(640, 640): 60, (1280, 1280): 360, (2048, 640): 20, (2048, 1280):
 """(in, out) of SDXL's adapted UNet layers and how many there are."""
 WEIGHT_STD = 0.03  # of an entry of SDXL's projections, by order of magnitude
 FILL_STEPS = 500
-GRADIENT_NORM = 0.1  # of the auxiliary's whole gradient, where it matters (sgd)
+GRADIENT_NORM = 1.0  # of dL/dW over all layers, where it matters (sgd): ten times what the small base has
+THINNING = 10  # one layer in ten of each shape stands for all; norms are scaled accordingly
 
 
-@torch.no_grad()
 def fill_times(rate: float = 1e-4) -> list[dict[str, Any]]:
-    """After how many steps c / rho passes 0.9 at SDXL's shapes, for gradients G that are the same at every step.
+    """After how many steps c / rho passes 0.9 at SDXL's shapes, for made-up gradients; no model is run.
 
-    G is random, one row a layer of rank 1 times a random column, which favours every ascent alike: a real gradient
-    turns from batch to batch and fills the ball later. No model is run.
+    Each layer's dL/dW is a random matrix of rank 1, once the same at every step and once drawn anew at every step. Real
+    gradients lie between: they turn with the batch, and what they share fills the ball.
     """
+    spectral = math.sqrt(sum(n * WEIGHT_STD**2 * max(shape) for shape, n in SDXL_SHAPES.items()))
     rows = []
     for share in (0.01, 0.04, 0.12):
-        spectral = math.sqrt(sum(n * WEIGHT_STD**2 * max(shape) for shape, n in SDXL_SHAPES.items()))
         rho = share * spectral * math.sqrt(RANK)
         for ascent in ("adamw", "sgd", "normalized"):
             for init in ("kaiming", "gaussian"):
                 configuration = Configuration("bilora", rate, ascent, init, share)
-                rows.append({"ascent": ascent, "init": init, "share": share, "rho": rho} | _fill(configuration, rho))
+                filled = {"steady": _fill(configuration, rho, turning=False)}
+                filled["turning"] = _fill(configuration, rho, turning=True)
+                rows.append({"ascent": ascent, "init": init, "share": share, "rho": rho} | filled)
                 print(rows[-1], flush=True)
     return rows
 
 
-def _fill(configuration: Configuration, rho: float, thinning: int = 10) -> dict[str, Any]:
-    """One layer in `thinning` of each shape, the norms counted up accordingly."""
+@torch.no_grad()
+def _fill(configuration: Configuration, rho: float, *, turning: bool) -> dict[str, Any]:
     random = generator(0, "fill")
-    layers, columns, lines = [], [], []
-    for (width, height), number in SDXL_SHAPES.items():
-        for _ in range(number // thinning):
-            bound = 1 / math.sqrt(width)
-            start = torch.rand(RANK, width, generator=random) * 2 * bound - bound
-            if configuration.init == "gaussian":
-                start = torch.randn(RANK, width, generator=random) / RANK
-            layers.append(LowRank("unet", "", nn.Parameter(start), nn.Parameter(torch.zeros(height, RANK)), 1.0))
-            columns.append(torch.randn(height, 1, generator=random))
-            lines.append(torch.randn(1, width, generator=random))
-    radius = rho / math.sqrt(thinning)
+    layers = [
+        _auxiliary(width, height, configuration.init, random)
+        for (width, height), number in SDXL_SHAPES.items()
+        for _ in range(number // THINNING)
+    ]
+    radius = rho / math.sqrt(THINNING)
     method = methods.BiLoRA(layers, radius, _ascent(configuration, layers, radius))
-    size = math.sqrt(sum(c.square().sum().item() * line.square().sum().item() for c, line in zip(columns, lines, strict=True)))
-    filled, steps = 0.0, 0
-    while filled <= 0.9 and steps < FILL_STEPS:
-        steps += 1
-        for layer, column, line in zip(layers, columns, lines, strict=True):
-            layer.B.grad = column @ (line @ layer.A.T) * (GRADIENT_NORM / size)
-            layer.A.grad = (layer.B.T @ column) @ line * (GRADIENT_NORM / size)
+    for step in range(1, FILL_STEPS + 1):
+        if turning or step == 1:
+            gradients = _rank_one_gradients(layers, random)
+        for layer, (column, row) in zip(layers, gradients, strict=True):
+            layer.B.grad = column @ (row @ layer.A.T)
+            layer.A.grad = (layer.B.T @ column) @ row
         method.after_step()
         filled = float(method.measures()["c_over_rho"])
-    return {"steps_to_fill": steps if filled > 0.9 else None, "c_over_rho": filled}
+        if filled > 0.9:
+            break
+    return {"steps": step if filled > 0.9 else None, "c_over_rho": filled}
+
+
+def _auxiliary(width: int, height: int, init: str, random: torch.Generator) -> LowRank:
+    """As `add_adapter` starts it: B = 0, s = 1 (alpha unset)."""
+    if init == "gaussian":
+        A = torch.randn(RANK, width, generator=random) / RANK
+    else:
+        A = (2 * torch.rand(RANK, width, generator=random) - 1) / math.sqrt(width)
+    return LowRank("unet", "", nn.Parameter(A), nn.Parameter(torch.zeros(height, RANK)), 1.0)
+
+
+def _rank_one_gradients(layers: Sequence[LowRank], random: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """A column and a row for each layer, whose products have the norm `GRADIENT_NORM` over all 560 layers."""
+    share = GRADIENT_NORM / math.sqrt(len(layers) * THINNING)
+    gradients = []
+    for layer in layers:
+        column, row = (torch.randn(size, generator=random) for size in (layer.B.shape[0], layer.A.shape[1]))
+        gradients.append((share * column[:, None] / column.norm(), row[None] / row.norm()))
+    return gradients
 
 
 def report() -> str:
@@ -308,14 +331,16 @@ def report() -> str:
     contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("ascent_seed*.json"))]
     runs = {(Configuration(**run["configuration"]), run["seed"]): run for c in contents for run in c["runs"]}
     seeds = sorted({seed for _, seed in runs})
-    base = contents[0]["base"]
+    base, before = contents[0]["base"], contents[0]["before_tuning"]
     lines = [
         "# Which ascent, which start, which radius",
         "",
         f"Made by `python -m benchmarks.ascent report`. Base: {base['pictures']:,} pictures, probe loss "
-        f"{base['probe_losses'][-1][1]:.4f}; {len(seeds)} seeds, {STEPS} steps, batch {BATCH}, rank {RANK}, s = {SCALE:g}. "
-        "Losses are differences to LoRA at the same learning rate and step, in 1e-4, mean and standard error over seeds; "
-        "negative is better. *flat*: what the base knew (forgetting).",
+        f"{base['probe_losses'][-1][1]:.4f}; before tuning unseen {before['validation']:.4f}, test "
+        f"{before['test']:.4f}, flat {before['flat']:.4f}. {len(seeds)} seeds, {STEPS} steps, batch {BATCH}, rank "
+        f"{RANK}, s = {SCALE:g}. Losses are differences to LoRA at the same learning rate and step, in 1e-4, mean and "
+        "standard error over seeds; negative is better. *unseen*: the validation icons, to choose by; *test*: others; "
+        "*flat*: what the base knew (forgetting); *training*: the last 40 steps, with the perturbation on.",
         "",
         "| ascent, start, radius | rho / norm of W | c / rho at the end | steps to c > 0.9 rho | clipped | gap, 1e-4 | "
         + " | ".join(f"unseen @{step}" for step in EVALUATED_AT)
@@ -366,19 +391,23 @@ def _row(configuration: Configuration, runs: list[dict[str, Any]], baselines: li
 
 
 def _shape_rows(content: Mapping[str, Any]) -> list[str]:
-    rows = [
-        f"Steps until c / rho > 0.9 at SDXL's {sum(SDXL_SHAPES.values())} layers, learning rate {content['rate']:g}, gradients that "
-        f"never turn, of norm {GRADIENT_NORM} (sgd alone depends on it), weights of standard deviation {WEIGHT_STD}.",
+    def steps(filled: Mapping[str, Any]) -> str:
+        return str(filled["steps"] or f"> {FILL_STEPS} (reached {filled['c_over_rho']:.2g})")
+
+    return [
+        f"Steps until c / rho > 0.9 at the shapes of SDXL's {sum(SDXL_SHAPES.values())} layers, learning rate "
+        f"{content['rate']:g}, s = 1, weights of standard deviation {WEIGHT_STD}. Random gradients of norm "
+        f"{GRADIENT_NORM:g} (it matters to sgd alone; the small base has 0.1): steady, the same at every step; "
+        "turning, new at every step.",
         "",
-        "| ascent | start | share | rho | steps | c / rho then |",
+        "| ascent | start | share | rho | steady | turning |",
         "|---|---|---|---|---|---|",
+        *(
+            f"| {row['ascent']} | {row['init']} | {row['share']:g} | {row['rho']:.2f} "
+            f"| {steps(row['steady'])} | {steps(row['turning'])} |"
+            for row in content["rows"]
+        ),
     ]
-    for row in content["rows"]:
-        steps = row["steps_to_fill"] or f"> {FILL_STEPS}"
-        rows.append(
-            f"| {row['ascent']} | {row['init']} | {row['share']:g} | {row['rho']:.2f} | {steps} | {row['c_over_rho']:.2g} |"
-        )
-    return rows
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from benchmarks.icons import FOLDER, ICONS_A_CONCEPT, SIZE_PX, Icons, PatchPCA
+from benchmarks.icons import FOLDER, SIZE_PX, Icons, PatchPCA
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.clip_tokenizer import clip_tokenizer, sdxl_merges
 from bilora_diffusion.diffusion import Objective

@@ -230,12 +230,9 @@ def test_the_draws_of_a_run_do_not_depend_on_its_options(build):
     """The same rows see the same noise and timesteps at another batch size, place in the batch, loss and method."""
     reference = build("lora", train_batch_size=2).batches(1)[0]  # draws 2 and 3
     options = [
-        {"noise_offset": 0.1},
-        {"snr_gamma": 5.0},
-        {"with_prior_preservation": True},
-        {"do_edm_style_training": True},
-        {"train_text_encoder": True, "lora_dropout": 0.3},
-        {"caption_dropout": 0.9, "random_flip": True},
+        {"noise_offset": 0.1, "snr_gamma": 5.0},
+        {"with_prior_preservation": True, "caption_dropout": 0.9, "random_flip": True},
+        {"do_edm_style_training": True, "train_text_encoder": True, "lora_dropout": 0.3},
     ]
     for flags in options:
         run = build("lora", **flags)

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, auxiliary_off
 from bilora_diffusion.loss_gap import ARITHMETIC_NOISE, LossGap, float32_computation, measure_loss_gap
 
-HALVES = ("bf16", "fp16")
-
 
 def upcast(run: TinyRun) -> TinyRun:
     """The same models, every weight widened to float32 for good."""
@@ -45,11 +43,9 @@ def snapshot(run: TinyRun) -> dict[str, Tensor]:
 # --- float32 whatever the base ---
 
 
-@pytest.mark.parametrize("precision", HALVES)
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("precision", "use_dora"), [("bf16", False), ("fp16", False), ("bf16", True)])
 def test_a_half_base_computes_as_its_upcast_twin(build, precision, use_dora):
-    text = not use_dora
-    run = build(precision=precision, use_dora=use_dora, train_text_encoder=text, gradient_accumulation_steps=2)
+    run = build(precision=precision, use_dora=use_dora, train_text_encoder=True, gradient_accumulation_steps=2)
     run.move_auxiliary()
     gap = measure_loss_gap(run.parts.models.values(), run.micro_batches())
     clean, perturbed = clean_and_perturbed(upcast(run))
@@ -82,7 +78,7 @@ def test_every_layer_computes_in_float32_and_one_is_wide_at_a_time(build):
     assert widest <= 1
 
 
-@pytest.mark.parametrize("precision", ["no", *HALVES])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_measuring_leaves_no_trace(build, precision):
     run = build(precision=precision, train_text_encoder=True, lora_dropout=0.3)
     run.move_auxiliary()
@@ -184,9 +180,9 @@ def test_tf32_is_off_inside_and_restored():
 def test_the_constant_is_above_the_rounding_of_float32(build):
     """One loss, summed over other splits of the same rows: batch 8, 4 x 2, 2 x 4, 8 x 1, the rows reversed."""
     losses = []
-    run = build(train_batch_size=8, train_text_encoder=True)
+    run = build(train_batch_size=8)
     run.move_auxiliary()
-    for step in range(4):
+    for step in range(3):
         (whole,) = run.micro_batches(step)
         with torch.no_grad():
             kinds = [[whole.loss(slice(n, n + size)).item() for n in range(0, 8, size)] for size in (8, 4, 2, 1)]
@@ -221,6 +217,10 @@ def test_an_auxiliary_of_zero_has_no_gap_and_one_that_ascended_has_one(build, pr
     gap = measure_loss_gap(run.parts.models.values(), run.micro_batches())
     assert gap.gap > 1e-3 * gap.clean
     assert not gap.is_noise
+    for layer in run.auxiliary:
+        layer.B.data.zero_()
+    # Of a trained primary, whose dropout would make two passes differ.
+    assert measure_loss_gap(run.parts.models.values(), run.micro_batches()).gap == 0
 
 
 def test_the_gap_is_of_the_whole_step(build):

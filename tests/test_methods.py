@@ -52,26 +52,19 @@ def norm_of(tensors: Sequence[Tensor]) -> float:
 
 @every_method
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_training_leaves_the_base_as_it_was(build, method, precision):
-    run = build(method, precision, train_text_encoder=True, **ACTIVE)
-    base, primary = run.base_tensors(), run.tensors()
+def test_training_changes_the_primary_and_nothing_of_the_base(build, method, precision):
+    """Every primary tensor but those of text encoder 1's last layer, which SDXL does not read: its B stay zero."""
+    run = build(method, precision, train_text_encoder=True, adam_weight_decay_text_encoder=0.0, **ACTIVE)
+    base, start = run.base_tensors(), run.tensors()
     run.train(2)
     assert all_equal(base, run.base_tensors())
-    assert difference(run.tensors(), primary) > 1e-3
-    assert {parameter.dtype for parameter in run.parameters(PRIMARY).values()} == {torch.float32}
-
-
-@every_method
-def test_every_primary_tensor_that_has_a_gradient_is_trained(build, method):
-    """All but text encoder 1's last layer, which SDXL does not read: its B stay zero, and its A as they were."""
-    run = build(method, train_text_encoder=True, adam_weight_decay_text_encoder=0.0, **ACTIVE)
-    start = run.tensors()
-    run.train(2)
-    still = {name for name, tensor in run.tensors().items() if torch.equal(tensor, start[name])}
+    trained = run.tensors()
+    still = {name for name, tensor in trained.items() if torch.equal(tensor, start[name])}
     last = {name for name in start if name.startswith("text_encoder.") and ".layers.2." in name}
     assert len(last) == 8
     assert still == last
-    assert all((run.tensors()[name] == 0).all() for name in last if "lora_B" in name)
+    assert all((trained[name] == 0).all() for name in last if "lora_B" in name)
+    assert {parameter.dtype for parameter in run.parameters(PRIMARY).values()} == {torch.float32}
 
 
 @every_method
@@ -98,8 +91,7 @@ def test_checkpointing_is_really_on(build, monkeypatch):
     assert len(calls) > 5
 
 
-@every_method
-@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize(("method", "prior"), [*((method, False) for method in METHOD_NAMES), ("bilora", True)])
 def test_four_micro_batches_of_one_equal_a_batch_of_four(build, method, prior):
     flags = {"with_prior_preservation": prior, "prior_loss_weight": 0.5, "adam_epsilon": 1e-4, **ACTIVE}
     whole = build(method, train_batch_size=4, **flags)
@@ -452,23 +444,23 @@ def dense(layers: Sequence[LowRank]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["from zero", "from a perturbation"])
-def test_a_normalized_step_moves_the_perturbation_by_its_distance(moved):
-    layers, draw = random_layers(), torch.Generator().manual_seed(5)
+@pytest.mark.parametrize("size", [1e-4, 1e3], ids=["small gradients", "large gradients"])
+def test_a_normalized_step_moves_the_perturbation_by_its_distance(moved, size):
+    """Uphill, and as far as it should to first order; the gradient's own size does not matter."""
+    layers, draw, gradients = random_layers(), torch.Generator().manual_seed(5), []
     for layer in layers:
         if not moved:
             layer.B.data.zero_()
-        for factor, size in ((layer.A, 1e3 * moved), (layer.B, 1e-4)):  # the gradient's own size does not matter
-            factor.grad = size * torch.randn(factor.shape, generator=draw)
+        A, B = layer.A.detach().flatten(1), layer.B.detach().flatten(1)
+        G = size * torch.randn(len(B), A.shape[1], generator=draw)  # dL/dW
+        layer.A.grad = (layer.scale * B.T @ G).view_as(layer.A)
+        layer.B.grad = (layer.scale * G @ A.T).view_as(layer.B)
+        gradients.append(G)
     start, distance = dense(layers), 1e-4
     NormalizedAscent(layers, distance).step()
     moves = [end - begin for end, begin in zip(dense(layers), start, strict=True)]
-    assert norm_of(moves) == pytest.approx(distance, rel=2e-3)
-    # Uphill: along (dL/dB) A + B (dL/dA), the move of s B A that plain gradient ascent makes.
-    uphill = sum(
-        (move * (layer.B.grad.flatten(1) @ layer.A.flatten(1) + layer.B.flatten(1) @ layer.A.grad.flatten(1))).sum()
-        for move, layer in zip(moves, layers, strict=True)
-    )
-    assert uphill > 0
+    assert norm_of(moves) == pytest.approx(distance, rel=5e-3)
+    assert sum((move * G).sum() for move, G in zip(moves, gradients, strict=True)) > distance * size
 
 
 def test_a_normalized_step_on_the_model_covers_its_share_of_rho(build):
@@ -637,7 +629,7 @@ def test_an_overflow_under_a_loss_scale_skips_primary_and_auxiliary_together(bui
 
 
 def test_the_bound_on_the_gradient_is_meant_without_the_loss_scale(build):
-    run = build(precision="fp16", max_grad_norm=1e61, **ACTIVE)
+    run = build(precision="fp16", max_grad_norm=0.01, **ACTIVE)
     run.parts.trainer.scaler._init_scale = 512.0
     with gradients_at(run.parts.trainer.optimizer, run.parts.trainer.primary) as primary:
         assert run.step(0).applied

@@ -1,20 +1,25 @@
 """A run on tiny-random, built by `assemble` as the trainer builds it, for tests that take a few steps in process."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, adapted_layers, low_rank_layers, parameters_of
 from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures
+from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.batches import Batch
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import flatten
 from bilora_diffusion.randomness import generator
+from bilora_diffusion.tiny import build_tiny_random
 from bilora_diffusion.training import Step
 
 # alpha != rank and the auxiliary's rank another: most slips in s, alpha and r go unseen while they are equal.
@@ -118,6 +123,7 @@ class Builder:
 
     def __init__(self, pictures: Path, class_pictures: Path | None = None) -> None:
         self.folders = {"instance_data_dir": str(pictures), "class_data_dir": str(class_pictures)}
+        self.tiny = build_tiny_random()
 
     def __call__(self, method: str = "bilora", precision: str = "no", seed: int = 0, **flags: Any) -> TinyRun:
         changes = {**DEFAULTS, **flags, "method": method, "mixed_precision": precision}
@@ -126,10 +132,20 @@ class Builder:
             changes["class_data_dir"] = self.folders["class_data_dir"]
         config = TrainingConfig(**{"instance_data_dir": self.folders["instance_data_dir"], **changes})
         machine = Machine(torch.device("cpu"), DTYPES[precision], 0, 1, lambda: None)
-        parts = assemble(
-            config, machine, read_pictures(config)[0], seed=seed, steps_of=lambda _: config.max_train_steps
-        )
+        pictures, _ = read_pictures(config)
+        with mock.patch.object(Base, "load", lambda _, *parts, dtype=torch.float32: self._copy(parts, dtype)):
+            parts = assemble(config, machine, pictures, seed=seed, steps_of=lambda _: config.max_train_steps)
         return TinyRun(config, parts)
+
+    def _copy(self, parts: Sequence[str], dtype: torch.dtype) -> StableDiffusionXLPipeline:
+        """What `Base("tiny-random").load` gives. A copy of what is asked for takes a fifth of building it anew."""
+        pipeline = copy.copy(self.tiny)
+        pipeline.register_modules(
+            **{part: copy.deepcopy(getattr(self.tiny, part)) if part in parts else None for part in PARTS}
+        )
+        for part in set(parts) - {"vae"}:
+            getattr(pipeline, part).to(dtype)
+        return pipeline
 
 
 def all_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
