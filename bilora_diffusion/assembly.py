@@ -291,7 +291,9 @@ def _enable_checkpointing(part: str, model: nn.Module) -> None:
         model.enable_gradient_checkpointing()
     else:
         # The reentrant kind needs an input that requires a gradient, which token ids are not.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.20 renamed the method; the older name warns there.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def _check_parameters(
