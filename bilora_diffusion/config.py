@@ -120,7 +120,7 @@ class TrainingConfig:
         origin="bilora",
     )
     auxiliary_init: Literal["kaiming", "gaussian"] = flag(
-        "kaiming",
+        "gaussian",
         "how the auxiliary's A begins: kaiming = uniform, standard deviation 1 / sqrt(3 inputs), as peft; "
         "gaussian = standard deviation 1 / rank",
         group=METHOD,

@@ -24,7 +24,7 @@ __all__ = [
     "radius",
 ]
 
-SINGULAR_SHARE = 0.04
+SINGULAR_SHARE = 0.12
 """Bi-LoRA's radius when neither --rho nor --rho_relative is given: the perturbation's r singular values are this share
 of a typical singular value of the weights. docs/method.md tells the measurements behind it."""
 
