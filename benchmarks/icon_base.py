@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.icons import FOLDER, SIZE_PX, Icons, PatchPCA
+from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, sdxl_merges
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
-from bilora_diffusion.clip_tokenizer import clip_tokenizer, sdxl_merges
 from bilora_diffusion.diffusion import Objective
 from bilora_diffusion.randomness import generator, stream_seed
 from bilora_diffusion.sdxl import Conditioning, embed_prompts, time_ids

@@ -36,6 +36,7 @@ __all__ = [
     "parameters_of",
     "product_norm",
     "weight_norms",
+    "wide_dtype",
 ]
 
 PRIMARY = "default"  # several helpers of diffusers and peft assume this name for what is saved
@@ -194,22 +195,28 @@ def auxiliary_off(models: Iterable[nn.Module]) -> Iterator[None]:
             layer.scaling[AUXILIARY] = scale
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, except on Apple's GPUs, which do not have it: float32 there."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def product_norm(layers: Sequence[LowRank]) -> Tensor:
-    """c = sqrt(sum_j ||s_j B_j A_j||_F^2) over all layers, a float64 scalar on their device, without a host copy.
+    """c = sqrt(sum_j ||s_j B_j A_j||_F^2) over all layers, a scalar on their device, without a host copy.
 
     ||B A||_F^2 = sum((B' B) * (A A')) needs r x r products only. Layers of one shape are taken together.
     """
     groups: dict[tuple[torch.Size, torch.Size], list[LowRank]] = {}
     for layer in layers:
         groups.setdefault((layer.A.shape, layer.B.shape), []).append(layer)
-    total = torch.zeros((), dtype=torch.float64, device=layers[0].A.device)
+    device = layers[0].A.device
+    dtype = wide_dtype(device)  # the ball is small beside the factors, and TF32 products would blur its edge
+    total = torch.zeros((), dtype=dtype, device=device)
     for group in groups.values():
-        # float64: the ball is small beside the factors, and TF32 products would blur its edge.
-        A = torch.stack([layer.A.detach().flatten(1) for layer in group]).double()
-        B = torch.stack([layer.B.detach().flatten(1) for layer in group]).double()
+        A = torch.stack([layer.A.detach().flatten(1) for layer in group]).to(dtype)
+        B = torch.stack([layer.B.detach().flatten(1) for layer in group]).to(dtype)
         squares = ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
         # From a list of Python numbers: the copy does not wait for the device.
-        scales = torch.tensor([layer.scale**2 for layer in group], dtype=torch.float64)
+        scales = torch.tensor([layer.scale**2 for layer in group], dtype=dtype)
         total += (squares * scales.to(squares.device, non_blocking=True)).sum()
     return total.clamp_min(0).sqrt()
 
@@ -227,7 +234,7 @@ def weight_norms(models: Mapping[str, nn.Module]) -> tuple[float, float]:
     for model in models.values():
         for _, layer in adapted_layers(model):
             weight = layer.get_base_layer().weight.flatten(1)
-            energy = weight.float().square().sum(dtype=torch.float64).item()
+            energy = weight.float().square().sum(dtype=wide_dtype(weight.device)).item()
             squared += energy
             spectral += energy / min(weight.shape)
     return math.sqrt(squared), math.sqrt(spectral)

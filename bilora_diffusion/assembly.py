@@ -26,7 +26,7 @@ from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentS
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.initial import copy_lora_into, read_lora
+from bilora_diffusion.lora_files.initial import copy_lora_into, read_lora
 from bilora_diffusion.optimizers import auxiliary_learning_rates, build_optimizer, learning_rates
 from bilora_diffusion.prior import make_class_pictures, missing_class_pictures
 from bilora_diffusion.prompts import EmbeddedPrompts, Prompts, TokenizedPrompts
@@ -261,7 +261,7 @@ def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: Drea
         )
     cached = dataset.cacheable if config.cache_latents is None else config.cache_latents
     if not cached and config.cache_latents is None and machine.is_main:
-        logger.info("latents are not cached, because crops are drawn anew; --center_crop saves the VAE's memory and time")
+        logger.info("latents are not cached: crops are drawn anew; --center_crop saves the VAE's memory and time")
     vae = base.load("vae", dtype=torch.float32).vae.requires_grad_(False).to(machine.device)
     vae.enable_slicing()
     if not cached:

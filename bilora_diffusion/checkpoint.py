@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, parameters_of
 from bilora_diffusion.atomic import HINTS, write_bytes_atomically, write_text_atomically
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import DIFFUSERS_FILE, portable_name
+from bilora_diffusion.lora_files.diffusers_format import DIFFUSERS_FILE, portable_name
 from bilora_diffusion.strict_json import strict_json
 
 __all__ = [

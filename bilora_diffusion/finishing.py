@@ -15,21 +15,21 @@ from PIL import Image
 import bilora_diffusion
 from bilora_diffusion.adapters import AUXILIARY, auxiliary_off, parameters_of
 from bilora_diffusion.assembly import Machine, Parts
+from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import save_diffusers
-from bilora_diffusion.facts import LoraFacts, bilora_metadata
-from bilora_diffusion.kohya import save_kohya, why_not_kohya
-from bilora_diffusion.model_card import CardImage, write_model_card
+from bilora_diffusion.lora_files.diffusers_format import save_diffusers
+from bilora_diffusion.lora_files.facts import LoraFacts, bilora_metadata
+from bilora_diffusion.lora_files.kohya import save_kohya, why_not_kohya
+from bilora_diffusion.lora_files.model_card import CardImage, write_model_card
+from bilora_diffusion.lora_files.upload import push
+from bilora_diffusion.lora_files.verification import VerificationError, record_trained, strip_adapters, verify_file
 from bilora_diffusion.previews import pipeline_around, save_pictures
 from bilora_diffusion.processes import process_count
 from bilora_diffusion.progress import Progress
-from bilora_diffusion.quiet import quiet_libraries
 from bilora_diffusion.run_folder import DIFFUSERS_FILE, KOHYA_FILE, PREVIEWS, RunFolder
 from bilora_diffusion.sampling import sample_pictures
 from bilora_diffusion.tracking import log_pictures
-from bilora_diffusion.upload import push
-from bilora_diffusion.verification import VerificationError, record_trained, strip_adapters, verify_file
 
 __all__ = ["finish", "package_versions", "peak_memory_bytes", "save_loras", "upload"]
 

@@ -1,4 +1,4 @@
-"""Prompts as the UNet needs them: embedded once where the text encoders are frozen, as tokens where they are trained."""
+"""Prompts as the UNet needs them: embedded once if the text encoders are frozen, as tokens if they are trained."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol

@@ -47,9 +47,7 @@ class Conditioning:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, change) -> "Conditioning":
-        return Conditioning(
-            **{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()}
-        )
+        return Conditioning(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
 
 
 def tokenize(tokenizers: Sequence, prompts: Sequence[str]) -> Tensor:

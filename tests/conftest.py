@@ -13,7 +13,7 @@ import tiny_run
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from bilora_diffusion.tiny import build_tiny_random
+from bilora_diffusion.bases.tiny import build_tiny_random
 
 
 def pytest_sessionstart() -> None:

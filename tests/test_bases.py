@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from bilora_diffusion import fetching, single_file
-from bilora_diffusion.bases import PARTS, Base
-from bilora_diffusion.clip_tokenizer import clip_tokenizer, sdxl_merges
+from bilora_diffusion.bases import PARTS, Base, fetching, single_file
+from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, sdxl_merges
+from bilora_diffusion.bases.quiet import quiet_libraries
+from bilora_diffusion.bases.single_file import SDXL_CONFIG
+from bilora_diffusion.bases.tiny import TINY_RANDOM, build_tiny_random, tiny_random_folder
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.quiet import quiet_libraries
-from bilora_diffusion.single_file import SDXL_CONFIG
-from bilora_diffusion.tiny import TINY_RANDOM, build_tiny_random, tiny_random_folder
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -56,9 +56,7 @@ def png_of_16_bits(values: np.ndarray, colour_type: int, transparent: tuple[int,
     """A PNG with 16 bits a channel, which Pillow reads but does not write in colour. `values`: (H, W, C)."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     height, width, _ = values.shape
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
@@ -218,9 +216,7 @@ def test_16_bit_colour_png_with_a_transparent_colour() -> None:
 def test_floating_point_grey_of_any_range(tmp_path: Path, white: float) -> None:
     ramp = np.linspace(0, white, 400, dtype=np.float32).reshape(20, 20)
     Image.fromarray(ramp).save(tmp_path / "float.tiff")
-    np.testing.assert_allclose(
-        values_of(load_image(tmp_path / "float.tiff"))[..., 2], ramp / white * 255, atol=0.51
-    )
+    np.testing.assert_allclose(values_of(load_image(tmp_path / "float.tiff"))[..., 2], ramp / white * 255, atol=0.51)
 
 
 def test_floating_point_overshoot_and_nan_are_clipped() -> None:
@@ -241,9 +237,7 @@ def test_other_modes_keep_their_colours(mode: str) -> None:
 def test_lab() -> None:
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     image = ImageCms.profileToProfile(corners(), *profiles, outputMode="LAB")
-    np.testing.assert_allclose(
-        values_of(load_image(image)), values_of(corners()), atol=25
-    )  # 8-bit LAB is coarse
+    np.testing.assert_allclose(values_of(load_image(image)), values_of(corners()), atol=25)  # 8-bit LAB is coarse
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
@@ -337,9 +331,7 @@ def test_the_names_of_the_interpolations() -> None:
 @pytest.mark.parametrize("size", [(96, 64), (64, 96), (64, 64), (95, 64)])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("center", [False, True])
-def test_the_crop_corner_is_that_of_the_picture_the_model_sees(
-    size: tuple[int, int], flip: bool, center: bool
-) -> None:
+def test_the_crop_corner_is_that_of_the_picture_the_model_sees(size: tuple[int, int], flip: bool, center: bool) -> None:
     """Seen through a picture whose pixels name their place (the shorter side is R: nothing is resized)."""
     width, height = size
     seen = set()

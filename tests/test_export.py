@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from bilora_diffusion import atomic
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, TARGETS, add_adapter, auxiliary_off, parameters_of
 from bilora_diffusion.atomic import atomic_write, write_bytes_atomically, write_text_atomically
+from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import DIFFUSERS_FILE, primary_layers, save_diffusers
-from bilora_diffusion.facts import LoraFacts, bilora_metadata, shared_base_name, tag_frequency
-from bilora_diffusion.kohya import KOHYA_FILE, save_kohya, why_not_kohya
-from bilora_diffusion.outputs import PARTS, record_outputs
-from bilora_diffusion.tiny import build_tiny_random
-from bilora_diffusion.verification import (
+from bilora_diffusion.lora_files.diffusers_format import DIFFUSERS_FILE, primary_layers, save_diffusers
+from bilora_diffusion.lora_files.facts import LoraFacts, bilora_metadata, shared_base_name, tag_frequency
+from bilora_diffusion.lora_files.kohya import KOHYA_FILE, save_kohya, why_not_kohya
+from bilora_diffusion.lora_files.outputs import PARTS, record_outputs
+from bilora_diffusion.lora_files.verification import (
     TrainedRecord,
     Verification,
     VerificationError,
@@ -194,9 +194,7 @@ def test_half_precision_files(tmp_path, layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_base(tmp_path, dtype):
     pipeline, models = trained_pipeline(base_dtype=dtype)
-    assert all(
-        parameter.dtype == torch.float32 for parameter in parameters_of(pipeline.unet, PRIMARY).values()
-    )
+    assert all(parameter.dtype == torch.float32 for parameter in parameters_of(pipeline.unet, PRIMARY).values())
     for layout in SAVE:
         save(layout, tmp_path / f"{layout}.safetensors", models)
     trained = record_and_strip(pipeline, models)
@@ -235,9 +233,7 @@ def test_keys_shapes_and_metadata_of_the_diffusers_file(saved):
         assert tensor.shape[0 if "lora_A" in name else 1] == RANK
         assert tensor.dtype == torch.float32
     adapters = json.loads(metadata.pop("lora_adapter_metadata"))
-    assert set(adapters) == {
-        f"{part}.{field}" for part in PARTS for field in ("r", "lora_alpha", "target_modules")
-    }
+    assert set(adapters) == {f"{part}.{field}" for part in PARTS for field in ("r", "lora_alpha", "target_modules")}
     assert {adapters[f"{part}.r"] for part in PARTS} == {RANK}
     assert {adapters[f"{part}.lora_alpha"] for part in PARTS} == {ALPHA}
     assert adapters["text_encoder.target_modules"] == sorted(TARGETS["text_encoder"])
@@ -419,9 +415,7 @@ def test_a_file_of_another_training_differs_in_values_and_outputs(saved, tmp_pat
     save_diffusers(tmp_path / "x.safetensors", models)
     with pytest.raises(VerificationError) as caught:
         verify_file(tmp_path / "x.safetensors", pipeline, trained)
-    assert len(caught.value.different) == 4 * len(
-        trained.layers["unet"]
-    )  # A and B, in the file and as loaded
+    assert len(caught.value.different) == 4 * len(trained.layers["unet"])  # A and B, in the file and as loaded
     assert [line.split()[0] for line in caught.value.outputs] == ["unet"]
 
 

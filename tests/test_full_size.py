@@ -19,12 +19,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, auxiliary_off, low_rank_layers
 from bilora_diffusion.bases import PARTS
-from bilora_diffusion.clip_tokenizer import clip_tokenizer, sdxl_merges
-from bilora_diffusion.export import save_diffusers
-from bilora_diffusion.facts import LoraFacts
-from bilora_diffusion.kohya import save_kohya
-from bilora_diffusion.single_file import SDXL_CONFIG
-from bilora_diffusion.verification import record_trained, strip_adapters, verify_file
+from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, sdxl_merges
+from bilora_diffusion.bases.single_file import SDXL_CONFIG
+from bilora_diffusion.lora_files.diffusers_format import save_diffusers
+from bilora_diffusion.lora_files.facts import LoraFacts
+from bilora_diffusion.lora_files.kohya import save_kohya
+from bilora_diffusion.lora_files.verification import record_trained, strip_adapters, verify_file
 
 pytestmark = pytest.mark.slow
 

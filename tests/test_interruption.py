@@ -24,8 +24,8 @@ from whole_run import (
     words,
 )
 
+from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.interruption import Interruption
-from bilora_diffusion.tiny import build_tiny_random
 from bilora_diffusion.training import Trainer
 
 FLAGS: dict[str, Any] = {"lora_layers": "to_q", "max_train_steps": 300}

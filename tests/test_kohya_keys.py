@@ -31,10 +31,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, TARGETS, add_adapter
-from bilora_diffusion.facts import LoraFacts, bilora_metadata
-from bilora_diffusion.kohya import kohya_name, save_kohya, why_not_kohya
-from bilora_diffusion.kohya_metadata import legacy_hash
-from bilora_diffusion.tiny import build_tiny_random
+from bilora_diffusion.bases.tiny import build_tiny_random
+from bilora_diffusion.lora_files.facts import LoraFacts, bilora_metadata
+from bilora_diffusion.lora_files.kohya import kohya_name, save_kohya, why_not_kohya
+from bilora_diffusion.lora_files.kohya_metadata import legacy_hash
 
 RANK, ALPHA = 4, 10
 FACTS = LoraFacts(
@@ -84,9 +84,7 @@ def sgm_attention(depths: Mapping[int, int]) -> set[str]:
     return {
         f"{stem}_transformer_blocks_{layer}_attn{number}_{projection}"
         for level, stems in SGM_TRANSFORMERS.items()
-        for stem, layer, number, projection in itertools.product(
-            stems, range(depths[level]), (1, 2), PROJECTIONS
-        )
+        for stem, layer, number, projection in itertools.product(stems, range(depths[level]), (1, 2), PROJECTIONS)
     }
 
 
@@ -241,7 +239,7 @@ def exported(tmp_path_factory) -> tuple[dict[str, Tensor], dict[str, str], bytes
 @pytest.fixture(scope="module")
 def full_size() -> dict[str, object]:
     """SDXL's own three parts without weights."""
-    folder = resources.files("bilora_diffusion") / "sdxl_base_config"
+    folder = resources.files("bilora_diffusion") / "bases" / "sdxl_config"
 
     def config(part: str) -> dict:
         return json.loads((folder / part / "config.json").read_text())
@@ -315,9 +313,7 @@ def test_the_rules_do_refuse_other_names(reader):
 
 def test_convolutions_keep_their_four_dimensions(tmp_path):
     unet = build_tiny_random().unet.requires_grad_(False)
-    add_adapter(
-        "unet", unet, PRIMARY, rank=RANK, scale=2, init="kaiming", seed=0, targets=["conv1", "conv_shortcut"]
-    )
+    add_adapter("unet", unet, PRIMARY, rank=RANK, scale=2, init="kaiming", seed=0, targets=["conv1", "conv_shortcut"])
     save_kohya(tmp_path / "x.safetensors", {"unet": unet}, facts=FACTS)
     tensors = safetensors.torch.load_file(tmp_path / "x.safetensors")
     base = "lora_unet_input_blocks_4_0"
@@ -340,9 +336,7 @@ def test_layers_of_unequal_rank_have_no_kohya_file():
 
 
 def test_all_names_of_full_size_sdxl_are_known_to_both_readers(full_size):
-    names = {
-        part: [kohya_name(part, name) for name in targets(part, model)] for part, model in full_size.items()
-    }
+    names = {part: [kohya_name(part, name) for name in targets(part, model)] for part, model in full_size.items()}
     assert {part: len(bases) for part, bases in names.items()} == {
         "unet": 560,
         "text_encoder": 48,
@@ -361,9 +355,7 @@ def test_all_names_of_full_size_sdxl_are_known_to_both_readers(full_size):
 def test_both_spellings_of_a_unet_module_are_the_same_module(full_size):
     """Our map of blocks against A1111's, for every module with a weight, in SDXL's own layout."""
     unet = full_size["unet"]
-    modules = [
-        name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-    ]
+    modules = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     assert len(modules) > 722
     unlike = []
     for module in modules:
@@ -435,9 +427,7 @@ def test_user_interfaces_file_it_under_sdxl(exported):
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["ss_base_model_version"].startswith("sdxl_")
     # A1111 parses every value that looks like JSON; these must be what its dialogs expect.
-    assert all(
-        isinstance(json.loads(metadata[name]), dict) for name in ("ss_tag_frequency", "ss_dataset_dirs")
-    )
+    assert all(isinstance(json.loads(metadata[name]), dict) for name in ("ss_tag_frequency", "ss_dataset_dirs"))
 
 
 def test_hashes_are_those_of_the_file(exported):
@@ -447,9 +437,7 @@ def test_hashes_are_those_of_the_file(exported):
     assert metadata["modelspec.hash_sha256"] == f"0x{metadata['sshs_model_hash']}"
     training = {name: value for name, value in metadata.items() if name.startswith("ss_")}
     assert metadata["sshs_legacy_hash"] == legacy_hash(safetensors.torch.save(tensors, training))
-    assert (
-        legacy_hash(bytes(0x100000) + b"x" * 0x10000 + b"y") == hashlib.sha256(b"x" * 0x10000).hexdigest()[:8]
-    )
+    assert legacy_hash(bytes(0x100000) + b"x" * 0x10000 + b"y") == hashlib.sha256(b"x" * 0x10000).hexdigest()[:8]
 
 
 def test_facts_that_are_not_known_are_not_claimed(tmp_path):

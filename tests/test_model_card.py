@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.facts import LoraFacts
-from bilora_diffusion.model_card import CardImage, model_card, write_model_card
+from bilora_diffusion.lora_files.facts import LoraFacts
+from bilora_diffusion.lora_files.model_card import CardImage, model_card, write_model_card
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 FACTS = LoraFacts(

@@ -10,10 +10,10 @@ from tiny_run import all_equal, difference, write_both, write_pictures
 from whole_run import main, quicken, refusal, snapshot, summary, train, words
 
 from bilora_diffusion import assembly, prior, sampling
+from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.batches import TrainingMicroBatch
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.prior import make_class_pictures, missing_class_pictures
-from bilora_diffusion.tiny import build_tiny_random
 
 PRIOR: dict[str, Any] = {
     "with_prior_preservation": True,

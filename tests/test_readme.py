@@ -9,9 +9,9 @@ import yaml
 from PIL import Image
 
 from bilora_diffusion import demo
+from bilora_diffusion.bases.tiny import tiny_random_folder
 from bilora_diffusion.cli import main
 from bilora_diffusion.command_line import parse
-from bilora_diffusion.tiny import tiny_random_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

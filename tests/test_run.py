@@ -35,14 +35,15 @@ from whole_run import (
     words,
 )
 
-from bilora_diffusion import finishing, run, sampling, upload
+from bilora_diffusion import finishing, run, sampling
+from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.batches import TrainingMicroBatch
-from bilora_diffusion.export import save_diffusers
 from bilora_diffusion.finishing import peak_memory_bytes
+from bilora_diffusion.lora_files import upload
+from bilora_diffusion.lora_files.diffusers_format import save_diffusers
 from bilora_diffusion.previews import Previews
 from bilora_diffusion.progress import Progress
 from bilora_diffusion.strict_json import strict_json
-from bilora_diffusion.tiny import build_tiny_random
 
 SMALL: dict[str, Any] = {"lora_layers": "to_q"}
 SECRET = "secretname"  # in every path and token given below, and nowhere in what may be shared

@@ -8,9 +8,9 @@ from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, StableDiff
 from PIL import Image
 
 from bilora_diffusion.adapters import PRIMARY, add_adapter, parameters_of
+from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.sampling import decode, embed_for_sampling, sample_pictures, use_sampling_scheduler
 from bilora_diffusion.sdxl import encode_images, latents_from
-from bilora_diffusion.tiny import build_tiny_random
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from torch import Tensor
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, adapted_layers, low_rank_layers, parameters_of
 from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures
 from bilora_diffusion.bases import PARTS, Base
+from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.batches import Batch
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import flatten
 from bilora_diffusion.randomness import generator
-from bilora_diffusion.tiny import build_tiny_random
 from bilora_diffusion.training import Step
 
 # alpha != rank and the auxiliary's rank another: most slips in s, alpha and r go unseen while they are equal.

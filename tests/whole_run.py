@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bilora_diffusion import finishing, previews, run, sampling
 from bilora_diffusion.cli import main
-from bilora_diffusion.verification import strip_adapters
+from bilora_diffusion.lora_files.verification import strip_adapters
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"

@@ -54,9 +54,9 @@ def radius(
 ) -> Radius:
     """Bi-LoRA's rho: as given, as a share of ||W||_F, else as a share of the singular values.
 
-    The default is a share of the weights' singular values because that is what carries over between widths: a
-    perturbation of rank r has all its energy in r directions, a weight of width d in d, so a fixed share of ||W||_F is a
-    sqrt(d / r) times larger share of a singular value.
+    The default is a share of the weights' singular values because that should carry over between widths: a
+    perturbation of rank r has all its energy in r directions, a weight of width d in d, so a fixed share of ||W||_F
+    is a sqrt(d / r) times larger share of a singular value.
     """
     weight_norm, spectral_norm = weight_norms(models)
     if rho is None and relative is not None:
@@ -92,9 +92,7 @@ def build_ascent(
     ]
     if name == "sgd":
         return OptimizerAscent(torch.optim.SGD(groups, weight_decay=weight_decay, maximize=True))
-    return OptimizerAscent(
-        torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, maximize=True)
-    )
+    return OptimizerAscent(torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, maximize=True))
 
 
 def build(

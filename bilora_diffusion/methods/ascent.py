@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bilora_diffusion.adapters import LowRank
+from bilora_diffusion.adapters import LowRank, wide_dtype
 
 __all__ = ["Ascent", "NormalizedAscent", "OptimizerAscent"]
 
@@ -88,8 +88,9 @@ class NormalizedAscent:
 
 
 def _squared_speed(layer: LowRank) -> Tensor:
-    """||s (gB A + B gA)||_F^2 of one layer through r x r products, float64."""
-    A, B, gA, gB = (t.detach().flatten(1).double() for t in (layer.A, layer.B, layer.A.grad, layer.B.grad))
+    """||s (gB A + B gA)||_F^2 of one layer through r x r products."""
+    dtype = wide_dtype(layer.A.device)
+    A, B, gA, gB = (t.detach().flatten(1).to(dtype) for t in (layer.A, layer.B, layer.A.grad, layer.B.grad))
     from_B = ((gB.mT @ gB) * (A @ A.mT)).sum()
     from_A = ((B.mT @ B) * (gA @ gA.mT)).sum()
     cross = ((gB.mT @ B) * (A @ gA.mT)).sum()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilora_diffusion.adapters import LowRank, product_norm
+from bilora_diffusion.adapters import LowRank, product_norm, wide_dtype
 from bilora_diffusion.methods.ascent import Ascent
 from bilora_diffusion.methods.interface import MicroBatch, backward_each
 
@@ -47,7 +47,7 @@ class BiLoRA:
         self.schedulable = ascent.schedulable
         device = layers[0].A.device
         # Counted on the device: a step need not wait for the host to know them.
-        self._norm = torch.zeros((), dtype=torch.float64, device=device)
+        self._norm = torch.zeros((), dtype=wide_dtype(device), device=device)
         self._clipped = torch.zeros((), dtype=torch.int64, device=device)
         self._steps = 0
 
@@ -89,7 +89,7 @@ def clip_to_ball(layers: Sequence[LowRank], rho: float) -> Tensor:
     """Scales every factor by sqrt(rho / c) where c > rho (Eq. 10), and by exactly 1 where it is not.
 
     Returns:
-        c before the clip, a float64 scalar on the layers' device.
+        c before the clip, a scalar on the layers' device.
     """
     norm = product_norm(layers)
     radius = torch.full_like(norm, rho)

@@ -10,7 +10,7 @@ from bilora_diffusion.errors import UserError
 __all__ = ["clip_tokenizer", "clip_vocabulary", "read_tokenizer", "sdxl_merges"]
 
 END_OF_TEXT = "<|endoftext|>"
-MERGES_FILE = Path(__file__).parent / "sdxl_base_config" / "merges.txt"
+MERGES_FILE = Path(__file__).parent / "sdxl_config" / "merges.txt"
 
 
 def clip_tokenizer(

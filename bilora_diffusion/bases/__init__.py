@@ -13,12 +13,12 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-from bilora_diffusion.base_folder import CONFIG_FILES, PARTS, BaseFolder, read_part, weight_patterns
+from bilora_diffusion.bases.fetching import existing_path, fetch, may_be_hub_id
+from bilora_diffusion.bases.folder import CONFIG_FILES, PARTS, BaseFolder, read_part, weight_patterns
+from bilora_diffusion.bases.quiet import quiet_libraries
+from bilora_diffusion.bases.single_file import SingleFile, vae_from_file
+from bilora_diffusion.bases.tiny import TINY_RANDOM, build_tiny_random
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.fetching import existing_path, fetch, may_be_hub_id
-from bilora_diffusion.quiet import quiet_libraries
-from bilora_diffusion.single_file import SingleFile, vae_from_file
-from bilora_diffusion.tiny import TINY_RANDOM, build_tiny_random
 
 __all__ = ["EMBEDDED", "PARTS", "Base"]
 

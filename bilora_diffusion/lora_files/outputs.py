@@ -49,9 +49,7 @@ def compare_outputs(outputs: Outputs, reference: Outputs) -> dict[str, float]:
 
 def base_dtype(model: nn.Module) -> torch.dtype:
     """The base's own dtype: adapters are in float32 on any base."""
-    return next(
-        p.dtype for name, p in model.named_parameters() if ".lora_" not in name and p.is_floating_point()
-    )
+    return next(p.dtype for name, p in model.named_parameters() if ".lora_" not in name and p.is_floating_point())
 
 
 @contextmanager

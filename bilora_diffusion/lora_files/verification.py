@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, adapted_layers
-from bilora_diffusion.export import portable_name
-from bilora_diffusion.kohya import has_kohya_keys, kohya_tensors
-from bilora_diffusion.outputs import PARTS, Outputs, base_dtype, compare_outputs, record_outputs
+from bilora_diffusion.lora_files.diffusers_format import portable_name
+from bilora_diffusion.lora_files.kohya import has_kohya_keys, kohya_tensors
+from bilora_diffusion.lora_files.outputs import PARTS, Outputs, base_dtype, compare_outputs, record_outputs
 
 __all__ = [
     "TOLERANCES",
@@ -159,9 +159,7 @@ class VerificationError(Exception):
     @property
     def found_any(self) -> bool:
         """Whether there is anything to report."""
-        return any(
-            (self.missing, self.unexpected, self.different, self.wrong_scale, self.outputs, self.messages)
-        )
+        return any((self.missing, self.unexpected, self.different, self.wrong_scale, self.outputs, self.messages))
 
 
 def record_trained(models: Mapping[str, nn.Module]) -> TrainedRecord:
@@ -177,9 +175,7 @@ def record_trained(models: Mapping[str, nn.Module]) -> TrainedRecord:
     for part, model in models.items():
         if any(layer.scaling.get(AUXILIARY) for _, layer in adapted_layers(model)):
             raise ValueError(f"the auxiliary adapter of the {part} is on: record inside auxiliary_off")
-    layers = {
-        part: records for part, model in models.items() if (records := _layer_records(part, model, PRIMARY))
-    }
+    layers = {part: records for part, model in models.items() if (records := _layer_records(part, model, PRIMARY))}
     return TrainedRecord(layers, record_outputs(models))
 
 
@@ -220,18 +216,14 @@ def verify_file(
         raise ValueError(f"the pipeline lacks a part that was trained: {', '.join(sorted(absent))}")
     errors = VerificationError(Path(path).name)
     try:
-        layout, file_dtype = _compare_tensors(
-            Path(path), trained, getattr(pipeline.unet, "config", None), errors
-        )
+        layout, file_dtype = _compare_tensors(Path(path), trained, getattr(pipeline.unet, "config", None), errors)
     except (safetensors.SafetensorError, OSError) as error:
         errors.messages.append(f"{type(error).__name__}: {error}")
         raise errors from error
     base_outputs = record_outputs(models) if base_outputs is None else base_outputs
     effects = compare_outputs(base_outputs, trained.outputs)
     tolerances = {
-        name: _tolerance(base_dtype(models[name.split(".")[0]]), file_dtype, effect)
-        if tolerance is None
-        else tolerance
+        name: _tolerance(base_dtype(models[name.split(".")[0]]), file_dtype, effect) if tolerance is None else tolerance
         for name, effect in effects.items()
     }
     differences: dict[str, float] = {}
@@ -259,9 +251,9 @@ def verify_file(
 
 
 def _tolerance(dtype: torch.dtype, file_dtype: torch.dtype, effect: float) -> float:
-    return TOLERANCES.get(dtype, TOLERANCES[torch.float32]) + FILE_ROUNDINGS * torch.finfo(
-        file_dtype
-    ).eps * min(effect, 1.0)
+    return TOLERANCES.get(dtype, TOLERANCES[torch.float32]) + FILE_ROUNDINGS * torch.finfo(file_dtype).eps * min(
+        effect, 1.0
+    )
 
 
 def _layer_records(part: str, model: nn.Module, adapter: str | None) -> dict[str, LayerRecord]:
@@ -361,8 +353,7 @@ def _complaints(messages: Sequence[str], trained: TrainedRecord) -> list[str]:
     return [
         " ".join(message.split())
         for message in messages
-        if any(word in message.lower() for word in COMPLAINTS)
-        and not any(prefix in message for prefix in untrained)
+        if any(word in message.lower() for word in COMPLAINTS) and not any(prefix in message for prefix in untrained)
     ]
 
 

@@ -21,8 +21,8 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from bilora_diffusion.clip_tokenizer import clip_tokenizer, clip_vocabulary
-from bilora_diffusion.quiet import quiet_libraries
+from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, clip_vocabulary
+from bilora_diffusion.bases.quiet import quiet_libraries
 
 __all__ = ["TINY_RANDOM", "build_tiny_random", "tiny_random_folder"]
 

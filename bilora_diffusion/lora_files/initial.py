@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bilora_diffusion.adapters import PRIMARY, adapted_layers
 from bilora_diffusion.bases import Base
+from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.quiet import quiet_libraries
 
 __all__ = ["InitialLora", "copy_lora_into", "read_lora"]
 

@@ -58,15 +58,13 @@ def primary_layers(part: str, model: nn.Module) -> dict[str, Tensor]:
     # peft drops the ".weight" of a DoRA magnitude. diffusers then loses it for text encoders (transformers 5
     # warns, and the magnitude starts anew); with the ending it is read everywhere.
     state = {
-        f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name: tensor
-        for name, tensor in state.items()
+        f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name: tensor for name, tensor in state.items()
     }
     expected = set(parameters_of(model, PRIMARY))
     if set(state) != expected or any(AUXILIARY in name for name in state):
         raise ValueError(f"unexpected or lost tensors in the {part}: {sorted(set(state) ^ expected)[:5]}")
     return {
-        portable_name(part, name): tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in state.items()
+        portable_name(part, name): tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()
     }
 
 

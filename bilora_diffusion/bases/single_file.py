@@ -5,7 +5,7 @@
     conditioner.embedders.0.*        text encoder 1, CLIP ViT-L, under transformers' own names
     conditioner.embedders.1.model.*  text encoder 2, OpenCLIP bigG, under OpenCLIP's names
 
-Such a file does not say how its models are built; SDXL's configuration is shipped in `sdxl_base_config/`, so
+Such a file does not say how its models are built; SDXL's configuration is shipped in `sdxl_config/`, so
 that a file loads without a network. diffusers converts UNet and VAE. The text encoders are converted here:
 diffusers tells the two apart by their width alone, and what it misses stays without weights.
 """
@@ -22,14 +22,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from bilora_diffusion.base_folder import BaseFolder
-from bilora_diffusion.clip_tokenizer import clip_tokenizer, sdxl_merges
+from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, sdxl_merges
+from bilora_diffusion.bases.folder import BaseFolder
+from bilora_diffusion.bases.weights import check_complete, open_safetensors
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.weights import check_complete, open_safetensors
 
 __all__ = ["SDXL_CONFIG", "SingleFile", "vae_from_file"]
 
-SDXL_CONFIG = Path(__file__).parent / "sdxl_base_config"
+SDXL_CONFIG = Path(__file__).parent / "sdxl_config"
 """The configuration of stabilityai/stable-diffusion-xl-base-1.0, in the folders of the diffusers layout."""
 
 PREFIXES = {

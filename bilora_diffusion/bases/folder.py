@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from bilora_diffusion.clip_tokenizer import read_tokenizer
+from bilora_diffusion.bases.clip_tokenizer import read_tokenizer
+from bilora_diffusion.bases.weights import check_complete, open_safetensors
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.weights import check_complete, open_safetensors
 
 __all__ = ["CONFIG_FILES", "PARTS", "BaseFolder", "read_part", "weight_patterns"]
 

@@ -17,7 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 import bilora_diffusion
-from bilora_diffusion.facts import LoraFacts, bilora_metadata, tag_frequency, utc_date
+from bilora_diffusion.lora_files.facts import LoraFacts, bilora_metadata, tag_frequency, utc_date
 
 __all__ = ["header_size", "kohya_file_bytes", "legacy_hash", "model_hash"]
 

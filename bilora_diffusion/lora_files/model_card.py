@@ -13,9 +13,9 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from bilora_diffusion.atomic import write_text_atomically
-from bilora_diffusion.export import DIFFUSERS_FILE
-from bilora_diffusion.facts import LoraFacts, utc_date
-from bilora_diffusion.kohya import KOHYA_FILE
+from bilora_diffusion.lora_files.diffusers_format import DIFFUSERS_FILE
+from bilora_diffusion.lora_files.facts import LoraFacts, utc_date
+from bilora_diffusion.lora_files.kohya import KOHYA_FILE
 
 __all__ = ["CARD_FILE", "CardImage", "model_card", "write_model_card"]
 
@@ -205,9 +205,7 @@ def _learning_rate(facts: LoraFacts) -> str | None:
 
 
 def _limits(facts: LoraFacts) -> str:
-    license_note = (
-        "" if facts.base_hub_id in LICENSES else " Its licence follows that of the base; check it there."
-    )
+    license_note = "" if facts.base_hub_id in LICENSES else " Its licence follows that of the base; check it there."
     return (
         "This card holds no measurement of its quality. It learnt from few pictures and can "
         f"repeat them, and it has the limits and biases of its base.{license_note}"

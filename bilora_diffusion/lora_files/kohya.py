@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from bilora_diffusion.adapters import PRIMARY, adapted_layers
 from bilora_diffusion.atomic import write_bytes_atomically
-from bilora_diffusion.export import portable_name, primary_layers
-from bilora_diffusion.facts import LoraFacts
-from bilora_diffusion.kohya_metadata import kohya_file_bytes
+from bilora_diffusion.lora_files.diffusers_format import portable_name, primary_layers
+from bilora_diffusion.lora_files.facts import LoraFacts
+from bilora_diffusion.lora_files.kohya_metadata import kohya_file_bytes
 
 __all__ = ["KOHYA_FILE", "has_kohya_keys", "kohya_name", "kohya_tensors", "save_kohya", "why_not_kohya"]
 
