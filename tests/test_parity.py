@@ -239,6 +239,7 @@ def test_bilora_is_algorithm_1_on_the_unet(build, tiny, ascent):
         lora_alpha=SCALE * RANK,
         auxiliary_rank=AUXILIARY_RANK,
         ascent=ascent,
+        auxiliary_init="kaiming",  # the rates below are for its small first steps
         auxiliary_learning_rate=rate,
         adam_epsilon=eps,
         adam_weight_decay=0.05,
