@@ -22,9 +22,9 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 test: setup  ## all tests that a CPU can run in minutes
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-slow: setup  ## full-size SDXL with random weights: 24 GB of memory, ten minutes
+test-slow: setup  ## full-size SDXL with random weights: 10 GB of memory, some minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: setup

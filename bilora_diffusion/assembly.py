@@ -73,6 +73,7 @@ class Parts:
     resolution: int
     tokenizers: tuple
     sampling_scheduler: Any
+    force_zeros_for_empty_prompt: bool
     sampling_prompts: Mapping[str, PromptEmbeddings] = field(default_factory=dict)
     """Embeddings for pictures by prompt; empty where the text encoders are trained and run themselves."""
 
@@ -150,7 +151,7 @@ def assemble(
         prompts = EmbeddedPrompts(dataset.prompts(), tokenizers, encoders)
         for prompt in {config.validation_prompt, config.final_validation_prompt} - {None}:
             sampling_prompts[prompt] = embed_for_sampling(text, prompt, machine.device)
-    scheduler = text.scheduler
+    scheduler, zeros = text.scheduler, text.config.force_zeros_for_empty_prompt
     del text, encoders
     free_memory()
     latents = _latents(config, machine, base, dataset)
@@ -212,7 +213,18 @@ def assemble(
         device=machine.device,
     )
     return Parts(
-        base, dataset, models, trainer, make_batch, method, radius, resolution, tokenizers, scheduler, sampling_prompts
+        base,
+        dataset,
+        models,
+        trainer,
+        make_batch,
+        method,
+        radius,
+        resolution,
+        tokenizers,
+        scheduler,
+        zeros,
+        sampling_prompts,
     )
 
 
@@ -267,7 +279,7 @@ def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: Drea
     if not cached:
         return EncodedLatents(dataset, vae)
     latents = CachedLatents(dataset, vae)
-    dataset.decode = False
+    dataset.stop_decoding()
     del vae
     free_memory()
     return latents

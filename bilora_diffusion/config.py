@@ -153,7 +153,7 @@ class TrainingConfig:
     loss_gap_steps: int | None = flag(
         None,
         "every how many optimiser steps the loss gap L(perturbed) - L(clean) is measured; 0 = never; "
-        "unset: about ten times a run, every 50 steps at most",
+        "unset: ten times a run, and every 200 steps in a long one",
         group=METHOD,
         within=NOT_NEGATIVE,
         origin="bilora",
@@ -602,7 +602,8 @@ class TrainingConfig:
             ),
             (
                 self.overwrite_output_dir and self.resume_from_checkpoint is not None,
-                "--overwrite_output_dir has no effect on a resumed run: it continues what is there",
+                "--overwrite_output_dir with --resume_from_checkpoint: a run that is found is continued; if there is "
+                "none, the folder is replaced",
             ),
         ]
 

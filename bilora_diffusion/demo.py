@@ -56,7 +56,13 @@ def draw(folder: Path, prompt: str | None, count: int, steps: int) -> Path:
     if not (folder / CONFIG_FILE).exists() or not (folder / DIFFUSERS_FILE).exists():
         raise UserError(f"{folder} holds no finished run: it needs {CONFIG_FILE} and {DIFFUSERS_FILE}")
     config = yaml.safe_load((folder / CONFIG_FILE).read_text())
-    base = Base(config["pretrained_model_name_or_path"], revision=config["revision"], variant=config["variant"])
+    base = Base(
+        config["pretrained_model_name_or_path"],
+        revision=config["revision"],
+        variant=config["variant"],
+        cache_dir=config["cache_dir"],
+        vae=config["pretrained_vae_model_name_or_path"],
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipeline = base.load("unet", "vae", "text_encoder", "text_encoder_2", dtype=dtype).to(device)

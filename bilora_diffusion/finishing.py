@@ -22,13 +22,13 @@ from bilora_diffusion.lora_files.diffusers_format import save_diffusers
 from bilora_diffusion.lora_files.facts import LoraFacts, bilora_metadata
 from bilora_diffusion.lora_files.kohya import save_kohya, why_not_kohya
 from bilora_diffusion.lora_files.model_card import CardImage, write_model_card
+from bilora_diffusion.lora_files.outputs import record_outputs
 from bilora_diffusion.lora_files.upload import push
 from bilora_diffusion.lora_files.verification import VerificationError, record_trained, strip_adapters, verify_file
-from bilora_diffusion.previews import pipeline_around, save_pictures
+from bilora_diffusion.previews import draw_or_warn, pipeline_around, save_pictures
 from bilora_diffusion.processes import process_count
 from bilora_diffusion.progress import Progress
 from bilora_diffusion.run_folder import DIFFUSERS_FILE, KOHYA_FILE, PREVIEWS, RunFolder
-from bilora_diffusion.sampling import sample_pictures
 from bilora_diffusion.tracking import log_pictures
 
 __all__ = ["finish", "package_versions", "peak_memory_bytes", "save_loras", "upload"]
@@ -58,13 +58,13 @@ def finish(
     Raises:
         UserError: a file that was written does not load as what was trained.
     """
-    summary = _summary(config, parts, progress, interrupted)
+    summary = _summary(config, machine, parts, progress, interrupted)
     if machine.is_main:
         files = save_loras(folder.path, config, parts, progress, started=started)
         summary["verification"] = _verify(files, parts)
         summary["verified"] = True  # or it would have raised
         folder.summary(summary)
-        pictures = [] if interrupted else _final_pictures(config, machine, parts, folder, files[0])
+        pictures = [] if interrupted else _final_pictures(config, machine, parts, files[0])
         if pictures:
             log_pictures(accelerator, "test", pictures, _final_prompt(config), progress.step)
         names = save_pictures(folder, FINAL_PICTURES, pictures) if pictures else []
@@ -169,10 +169,11 @@ def _verify(files: list[Path], parts: Parts) -> list[dict[str, Any]]:
     for model in parts.models.values():
         strip_adapters(model)
     pipeline = pipeline_around(parts)
+    bare = record_outputs(parts.models)
     verified = []
     for file in files:
         try:
-            result = verify_file(file, pipeline, trained)
+            result = verify_file(file, pipeline, trained, base_outputs=bare)
         except VerificationError as error:
             raise UserError(f"{error}. The checkpoints hold the trained weights; please report this") from error
         verified.append(
@@ -191,17 +192,15 @@ def _final_prompt(config: TrainingConfig) -> str | None:
     return config.final_validation_prompt or config.validation_prompt
 
 
-def _final_pictures(
-    config: TrainingConfig, machine: Machine, parts: Parts, folder: RunFolder, file: Path
-) -> list[Image.Image]:
-    """Pictures from the base with the file loaded as a user would load it."""
+def _final_pictures(config: TrainingConfig, machine: Machine, parts: Parts, file: Path) -> list[Image.Image]:
+    """Pictures from the base with the file loaded as a user would load it; none if they do not fit the memory."""
     prompt = _final_prompt(config)
     if prompt is None or config.skip_final_inference:
         return []
     pipeline = pipeline_around(parts)
     with quiet_libraries():
         pipeline.load_lora_weights(str(file))
-    pictures = sample_pictures(
+    pictures = draw_or_warn(
         pipeline,
         parts.sampling_prompts.get(prompt, prompt),
         numbers=range(config.num_validation_images),
@@ -214,7 +213,10 @@ def _final_pictures(
     return pictures
 
 
-def _summary(config: TrainingConfig, parts: Parts, progress: Progress, interrupted: bool) -> dict[str, Any]:
+def _summary(
+    config: TrainingConfig, machine: Machine, parts: Parts, progress: Progress, interrupted: bool
+) -> dict[str, Any]:
+    on_gpu = machine.device.type == "cuda"
     measures = progress.last_measures
     ball = parts.radius
     losses = [loss for loss in progress.losses if loss is not None]
@@ -237,7 +239,7 @@ def _summary(config: TrainingConfig, parts: Parts, progress: Progress, interrupt
         "inert": progress.is_inert(),
         "skipped_steps": progress.skipped,
         "seconds_per_step": progress.seconds_per_step,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(machine.device),
         "processes": process_count(),
         "parameters": {
             "primary": sum(parameter.numel() for parameter in parts.trainer.primary),
@@ -247,16 +249,16 @@ def _summary(config: TrainingConfig, parts: Parts, progress: Progress, interrupt
                 for parameter in parameters_of(model, AUXILIARY).values()
             ),
         },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name(machine.device) if on_gpu else platform.machine(),
         "versions": package_versions(),
         "verified": False,
     }
 
 
-def peak_memory_bytes() -> int:
-    """The most that was allocated on the GPU, without one the most memory the process had."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was allocated on the GPU of the run, without one the most memory the process had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         import psutil  # accelerate brings it
 

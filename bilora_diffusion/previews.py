@@ -1,7 +1,9 @@
 """Previews while training: the primary alone, as it would be exported at that moment."""
 
+import logging
 from collections.abc import Sequence
 
+import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
@@ -15,7 +17,9 @@ from bilora_diffusion.run_folder import PREVIEWS, RunFolder
 from bilora_diffusion.sampling import sample_pictures, use_sampling_scheduler
 from bilora_diffusion.tracking import log_pictures
 
-__all__ = ["Previews", "pipeline_around", "save_pictures"]
+__all__ = ["Previews", "draw_or_warn", "pipeline_around", "save_pictures"]
+
+logger = logging.getLogger("bilora_diffusion")
 
 
 class Previews:
@@ -50,7 +54,8 @@ class Previews:
         if self.machine.is_main:
             pictures = self._sample(self.config.validation_prompt)
             save_pictures(self.folder, f"step_{step:06d}", pictures)
-            log_pictures(self.accelerator, "validation", pictures, self.config.validation_prompt, step)
+            if pictures:
+                log_pictures(self.accelerator, "validation", pictures, self.config.validation_prompt, step)
         self.machine.wait()
 
     def _is_due(self, step: int) -> bool:
@@ -68,7 +73,7 @@ class Previews:
             return parts.base.load("vae").vae.to(self.machine.device)
 
         with auxiliary_off(parts.models.values()):
-            pictures = sample_pictures(
+            pictures = draw_or_warn(
                 pipeline,
                 parts.sampling_prompts.get(prompt, prompt),
                 numbers=range(config.num_validation_images),
@@ -78,6 +83,15 @@ class Previews:
             )
         free_memory()
         return pictures
+
+
+def draw_or_warn(*arguments, **options) -> list[Image.Image]:
+    """`sample_pictures`, but no pictures and a warning where the GPU's memory does not suffice: a run is worth more."""
+    try:
+        return sample_pictures(*arguments, **options)
+    except torch.OutOfMemoryError:
+        logger.warning("the GPU's memory is too small for these pictures beside the training: they are left out")
+        return []
 
 
 def pipeline_around(parts: Parts) -> StableDiffusionXLPipeline:
@@ -91,6 +105,7 @@ def pipeline_around(parts: Parts) -> StableDiffusionXLPipeline:
         tokenizer_2=parts.tokenizers[1],
         scheduler=parts.sampling_scheduler,
         add_watermarker=False,
+        force_zeros_for_empty_prompt=parts.force_zeros_for_empty_prompt,
     )
     use_sampling_scheduler(pipeline)
     return pipeline

@@ -1,4 +1,4 @@
-"""What several processes share: a seed, and the mean of their gradients.
+"""What several processes share: the mean of their gradients.
 
 The models are not wrapped in DistributedDataParallel. The trained parameters are few (7 million on SDXL), so one
 all-reduce of one flat buffer a step costs next to nothing, and in return a method may run as many passes as it likes,

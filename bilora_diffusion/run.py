@@ -130,11 +130,13 @@ def _train(config: TrainingConfig) -> Outcome:
         summary = finish(resolved, machine, accelerator, parts, folder, progress, started, interrupted)
         folder.state("interrupted" if interrupted else "finished", progress.step, steps, now=True)
     except BaseException as error:
+        if not machine.is_main and isinstance(error, UserError):
+            logger.error(f"process {machine.rank}: {error}")  # the main one may know nothing of it
         _leave(accelerator, folder, progress.step, steps, error)
         raise
+    accelerator.end_training()
     if config.push_to_hub and not interrupted and machine.is_main:
         upload(config, folder)
-    accelerator.end_training()
     return Outcome(folder.path, interrupted, summary)
 
 
@@ -216,14 +218,19 @@ class Run:
             num_workers=self.config.dataloader_num_workers,
             worker_init_fn=ignore_interrupts,
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except UserError as error:
+            # torch wraps what a worker raised into that worker's traceback.
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
     def _measure_gap(self, micro_batches) -> None:
         """On the rows of the step that comes next, with the perturbation it will be taken under."""
         due = self.gap_interval and ((self.progress.step + 1) % self.gap_interval == 0)
         if not due or not self.parts.method.parameters:
             return
-        gap = measure_loss_gap(self.parts.models.values(), micro_batches)
+        # One micro-batch: in float32, without TF32, a pass takes several times what one of the training takes.
+        gap = measure_loss_gap(self.parts.models.values(), micro_batches[:1])
         means = average([torch.tensor(loss, device=self.machine.device) for loss in (gap.perturbed, gap.clean)])
         self.progress.add_gap(LossGap(*(mean.item() for mean in means)))
 
@@ -240,6 +247,7 @@ class Run:
         texts = {"loss": "not finite" if loss is None else f"{loss:.4f}", "lr": f"{rate:.1e}"}
         if share is not None:
             texts["c/rho"] = f"{share:.2f}"
+            texts["clipped"] = f"{progress.last_measures['clipped_share']:.0%}"
         if progress.last_gap is not None:
             texts["gap"] = f"{progress.last_gap:+.1e}"
         texts["s/step"] = f"{progress.seconds[-1]:.2f}"
@@ -366,7 +374,7 @@ def _gap_interval(config: TrainingConfig, steps: int) -> int:
     """Every how many steps the loss gap is measured; 0 = never."""
     if config.loss_gap_steps is not None:
         return config.loss_gap_steps
-    return max(1, min(50, steps // 10))
+    return max(1, min(200, steps // 10))
 
 
 def _resolved(config: TrainingConfig, parts: Parts, *, seed: int, steps: int, precision: str) -> TrainingConfig:

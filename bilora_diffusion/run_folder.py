@@ -18,17 +18,17 @@ from typing import Any
 from bilora_diffusion.atomic import HINTS, atomic_write, write_text_atomically
 from bilora_diffusion.checkpoint import checkpoints, remove_leftovers
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.lora_files.diffusers_format import DIFFUSERS_FILE
+from bilora_diffusion.lora_files.kohya import KOHYA_FILE
+from bilora_diffusion.lora_files.model_card import CARD_FILE
 from bilora_diffusion.strict_json import strict_json
 
 __all__ = ["CONFIG_FILE", "DIFFUSERS_FILE", "KOHYA_FILE", "PREVIEWS", "TRACKED_AS", "RunFolder"]
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "state.json"
 SUMMARY_FILE = "summary.json"
-CARD_FILE = "README.md"
 PREVIEWS = "previews"
 TRACKED_AS = "dreambooth-bilora-sdxl"
 """The project's name in the trackers, and so the folder that tensorboard's files are in, under `--logging_dir`."""

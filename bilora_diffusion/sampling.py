@@ -66,7 +66,7 @@ def sample_pictures(
     """Square pictures of one prompt.
 
     Arguments:
-        pipeline: without a VAE; with text encoders if the prompt is text. Its scheduler is used as it is.
+        pipeline: its VAE is not used; with text encoders if the prompt is text. Its scheduler is used as it is.
         numbers: one a picture; picture i starts from the noise of (seed, i), whatever the batch size.
         resolution: side in pixels.
         load_vae: gives the VAE, in float32 on the device; called once, after the UNet is done.

@@ -95,7 +95,7 @@ class Trainer:
         wishes = torch.tensor(float(stop), device=loss.device)
         loss, wishes = average_gradients(self.trained, loss, wishes)
         told = torch.stack([loss, self._unscaled_norm(), wishes])
-        loss, norm, wishes = told.tolist()  # the step's one wait for the device
+        loss, norm, wishes = told.tolist()  # all that the host wants to know of the device, at once
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self._clip_primary()
@@ -137,5 +137,6 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run so far was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.method.load_state_dict(state["method"])

@@ -4,6 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any of the libraries is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests state what a CPU promises: bit for bit equality, forked ranks. Also where there is a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import gc
 from collections.abc import Iterator

@@ -197,7 +197,7 @@ WARNED: list[tuple[dict[str, Any], str]] = [
     ({"dataset_config_name": "x"}, "--dataset_config_name has no effect"),
     (
         {"overwrite_output_dir": True, "resume_from_checkpoint": "latest"},
-        "--overwrite_output_dir has no effect",
+        "--overwrite_output_dir with --resume",
     ),
 ]
 

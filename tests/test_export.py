@@ -20,7 +20,7 @@ from bilora_diffusion.atomic import atomic_write, write_bytes_atomically, write_
 from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.lora_files.diffusers_format import DIFFUSERS_FILE, primary_layers, save_diffusers
-from bilora_diffusion.lora_files.facts import LoraFacts, bilora_metadata, shared_base_name, tag_frequency
+from bilora_diffusion.lora_files.facts import LoraFacts, bilora_metadata, tag_frequency
 from bilora_diffusion.lora_files.kohya import KOHYA_FILE, save_kohya, why_not_kohya
 from bilora_diffusion.lora_files.outputs import PARTS, record_outputs
 from bilora_diffusion.lora_files.verification import (
@@ -496,27 +496,6 @@ def test_files_have_the_usual_mode(tmp_path):
 
 
 # Facts
-
-
-@pytest.mark.parametrize(
-    ("given", "shared"),
-    [
-        ("stabilityai/stable-diffusion-xl-base-1.0", ("stabilityai/stable-diffusion-xl-base-1.0",) * 2),
-        ("/home/anna/models/sdxl.safetensors", ("sdxl", None)),
-        ("models/of/anna/juggernaut", ("juggernaut", None)),
-        ("C:\\Users\\anna\\sdxl.safetensors", ("sdxl", None)),
-        ("./sdxl/", ("sdxl", None)),
-        ("tiny-random", ("tiny-random", None)),
-    ],
-)
-def test_a_base_is_named_without_its_path(given, shared):
-    assert shared_base_name(given) == shared
-
-
-def test_a_local_folder_that_looks_like_a_hub_id(tmp_path, monkeypatch):
-    (tmp_path / "models" / "sdxl").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert shared_base_name("models/sdxl") == ("sdxl", None)
 
 
 def test_tags_are_counted_by_comma():

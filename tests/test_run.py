@@ -38,6 +38,9 @@ from whole_run import (
 from bilora_diffusion import finishing, run, sampling
 from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.batches import TrainingMicroBatch
+from bilora_diffusion.data.dreambooth import DreamBoothDataset
+from bilora_diffusion.data.pictures import find_pictures
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.finishing import peak_memory_bytes
 from bilora_diffusion.lora_files import upload
 from bilora_diffusion.lora_files.diffusers_format import save_diffusers
@@ -676,13 +679,13 @@ def test_a_data_set_instead_of_a_folder(pictures: Path, tmp_path: Path, quick: N
 
 
 def test_peak_memory_where_there_is_no_resource_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = peak_memory_bytes()
+    here = peak_memory_bytes(torch.device("cpu"))
     assert 2**27 < here < 2**40
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(sys, "platform", "win32")
     memory = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=12345))
     monkeypatch.setattr("psutil.Process", lambda: memory)
-    assert peak_memory_bytes() == 12345
+    assert peak_memory_bytes(torch.device("cpu")) == 12345
 
 
 def test_the_loggers_level_is_for_the_main_process_to_speak(caplog: pytest.LogCaptureFixture) -> None:
@@ -690,3 +693,20 @@ def test_the_loggers_level_is_for_the_main_process_to_speak(caplog: pytest.LogCa
     assert logging.getLogger("bilora_diffusion").level == logging.ERROR
     run._set_up_logging(SimpleNamespace(is_main=True))  # type: ignore[arg-type]
     assert logging.getLogger("bilora_diffusion").level == logging.INFO
+
+
+def test_a_picture_that_changes_while_workers_read_it(tmp_path: Path) -> None:
+    """A worker's error comes wrapped in its traceback; the user is told the line alone."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (64, 80)).save(folder / "a.png")
+    pictures, _ = find_pictures(folder, instance_prompt="a picture")
+    Image.new("RGB", (64, 96)).save(folder / "a.png")
+    dataset = DreamBoothDataset(pictures, resolution=64, seed=0)
+    parts = SimpleNamespace(dataset=dataset)
+    machine = SimpleNamespace(rank=0, processes=1)
+    config = SimpleNamespace(train_batch_size=1, dataloader_num_workers=1)
+    loop = SimpleNamespace(parts=parts, machine=machine, config=config, progress=SimpleNamespace(draws=0))
+    with pytest.raises(UserError, match=r"^a\.png changed") as caught:
+        next(run.Run._batches(loop))
+    assert "Traceback" not in str(caught.value)

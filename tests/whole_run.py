@@ -79,7 +79,6 @@ def quicken(monkeypatch: pytest.MonkeyPatch, verify: bool = False, denoising_ste
 
     if not verify:
         monkeypatch.setattr(finishing, "_verify", strip)
-    monkeypatch.setattr(finishing, "sample_pictures", sample)
     monkeypatch.setattr(previews, "sample_pictures", sample)
 
 

@@ -146,6 +146,12 @@ class DreamBoothDataset(Dataset[list[Row]]):
             return rows
         return [replace(row, pixels=self._pixels(row.is_class, row.picture, row.view)) for row in rows]
 
+    def stop_decoding(self) -> None:
+        """From now on rows come without pixels; pictures kept in memory are let go."""
+        self.decode = False
+        self._kept.clear()
+        self._kept_bytes = 0
+
     def describe(self, draw: int) -> list[Row]:
         """`self[draw]` without the pixels; opens no file.
 

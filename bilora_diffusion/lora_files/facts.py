@@ -1,8 +1,8 @@
 """What a LoRA file and its model card say of themselves, in a form that may be shown to anyone.
 
 `LoraFacts` knows nothing of the configuration: whoever fills it in decides what is shared. It must hold no
-path of this machine, no token and no user name; `shared_base_name` is there for the one value that often
-is a path.
+path of this machine, no token and no user name; `bases.Base.shared_name` is there for the one value that
+often is a path.
 """
 
 import json
@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import bilora_diffusion
 
-__all__ = ["LoraFacts", "bilora_metadata", "shared_base_name", "tag_frequency", "utc_date"]
+__all__ = ["LoraFacts", "bilora_metadata", "tag_frequency", "utc_date"]
 
 MOST_TAGS = 500  # a header is read whole by every user interface that lists the file
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -27,7 +26,7 @@ class LoraFacts:
 
     Arguments:
         name: what the LoRA is called, for example the output folder's last part.
-        base: the base's name as it may be shared, see `shared_base_name`.
+        base: the base's name as it may be shared, see `bases.Base.shared_name`.
         base_hub_id: the base's id on the model hub, None for a local or made-up base.
         method: `bilora`, `lora`, ...
         rank: r of the primary adapter.
@@ -94,19 +93,6 @@ class LoraFacts:
     finished_at: float | None = None
     prediction_type: str = "epsilon"
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def shared_base_name(base: str) -> tuple[str, str | None]:
-    """(a name that may be shared, the hub id or None) of what the user gave as the base.
-
-    A folder or a file of this machine keeps only its last part: "/data/models/sdxl.safetensors" is "sdxl". A
-    relative folder "models/sdxl" looks like a hub id, so what exists here is taken for local, as
-    diffusers does.
-    """
-    if HUB_ID.fullmatch(base) and not Path(base).exists():
-        return base, base
-    last_part = PureWindowsPath(PurePosixPath(base).name).name  # a Windows path has to be cut on Linux too
-    return last_part.removesuffix(".safetensors") or "base", None
 
 
 def bilora_metadata(facts: LoraFacts) -> dict[str, str]:
