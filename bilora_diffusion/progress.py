@@ -88,7 +88,7 @@ class Progress:
         if self.highest_c_over_rho < ALIVE_ABOVE:
             return (
                 f"the auxiliary was inert: c / rho never passed {self.highest_c_over_rho:.3g}, so this is nearly plain "
-                "LoRA; raise --auxiliary_learning_rate, or use --ascent adamw or normalized"
+                "LoRA; train longer, raise --auxiliary_learning_rate, or use --ascent adamw"
             )
         if self.gap_steps and not self.gap_above_noise:
             return (
