@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bilora_diffusion.atomic import atomic_write
 from bilora_diffusion.bases import Base
+from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run_folder import CONFIG_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from bilora_diffusion.sampling import sample_pictures, use_sampling_scheduler
@@ -69,8 +70,9 @@ def draw(folder: Path, prompt: str | None, count: int, steps: int) -> Path:
     use_sampling_scheduler(pipeline)
     prompt = prompt or config["instance_prompt"] or ""
     columns = [("base", _sample(pipeline, prompt, count, steps, config))]
-    pipeline.load_lora_weights(str(folder / DIFFUSERS_FILE))
-    columns.append((f"{config['method']} LoRA", _sample(pipeline, prompt, count, steps, config)))
+    with quiet_libraries():
+        pipeline.load_lora_weights(str(folder / DIFFUSERS_FILE))
+    columns.append((f"LoRA ({config['method']})", _sample(pipeline, prompt, count, steps, config)))
     path = folder / GRID_FILE
     with atomic_write(path) as temporary:
         grid(columns).save(temporary, format="PNG")
