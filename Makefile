@@ -6,10 +6,12 @@ READY := $(VENV)/.ready
 
 .PHONY: demo setup test test-slow lint format flags clean
 
-demo: setup  ## train on the example pictures, load the file again, draw base | LoRA
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train_dreambooth_bilora.py --config configs/quickstart.yaml
-	$(BIN)/python -m bilora_diffusion.demo outputs/quickstart
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+demo: setup  ## train LoRA and Bi-LoRA on 23 3D icons, draw base | LoRA | Bi-LoRA for others beside the true icons
+	$(LAUNCH) train_dreambooth_bilora.py --config configs/quickstart.yaml --method lora --output_dir outputs/quickstart_lora
+	$(LAUNCH) train_dreambooth_bilora.py --config configs/quickstart.yaml
+	$(BIN)/python -m bilora_diffusion.demo outputs/quickstart_lora outputs/quickstart
 
 setup: $(READY)  ## .venv with the tested versions
 
@@ -38,5 +40,6 @@ format: setup
 flags: setup  ## rewrite docs/flags.md from the configuration
 	$(BIN)/python -m bilora_diffusion.command_line > docs/flags.md
 
-clean:
-	rm -rf outputs .pytest_cache .ruff_cache
+clean:  ## but for outputs/embedded: hours of checkpoints
+	find outputs -mindepth 1 -maxdepth 1 ! -name embedded -exec rm -rf {} + 2>/dev/null || true
+	rm -rf .pytest_cache .ruff_cache

@@ -38,6 +38,7 @@ from bilora_diffusion.adapters import (
     parameters_of,
 )
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
+from bilora_diffusion.embedded.patches import PatchPCA
 from bilora_diffusion.finishing import package_versions
 from bilora_diffusion.loss_gap import measure_loss_gap
 from bilora_diffusion.randomness import generator
@@ -104,7 +105,7 @@ class Laboratory:
     def __init__(self) -> None:
         self.icons = icons.load()
         self.base, self.base_facts = icon_base.load_base(self.icons)
-        pca = icons.PatchPCA(self.icons.flat)
+        pca = PatchPCA(self.icons.flat, icon_base.PATCH_PX, icon_base.LATENT_CHANNELS)
         vocabulary = icon_base.Vocabulary(self.icons)
         self.objective = icon_base.objective()
         self.latents = {"flat": pca.encode(self.icons.flat), "solid": pca.encode(self.icons.solid)}

@@ -14,15 +14,18 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from benchmarks.icons import FOLDER, SIZE_PX, Icons, PatchPCA
+from benchmarks.icons import FOLDER, SIZE_PX, Icons
 from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, sdxl_merges
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.diffusion import Objective
+from bilora_diffusion.embedded.patches import PatchPCA
 from bilora_diffusion.randomness import generator, stream_seed
 from bilora_diffusion.sdxl import Conditioning, embed_prompts, time_ids
 
 __all__ = ["STEPS", "Vocabulary", "draws", "flat_prompt", "load_base", "objective", "solid_prompt", "train"]
 
+PATCH_PX = 4
+LATENT_CHANNELS = 12
 SEED = 0
 STEPS = 7000
 BATCH = 32
@@ -103,7 +106,7 @@ class _State:
 
 def train(icons: Icons, steps: int = STEPS, path: Path = FOLDER / "base.pt") -> None:
     """Trains the base, or goes on where an earlier call was stopped; prints the probe loss as it goes."""
-    latents = PatchPCA(icons.flat).encode(icons.flat)
+    latents = PatchPCA(icons.flat, PATCH_PX, LATENT_CHANNELS).encode(icons.flat)
     vocabulary = Vocabulary(icons)
     captions, empty = vocabulary([flat_prompt(name) for name in icons.names]), vocabulary([""])[0]
     state = _begin(vocabulary)
@@ -175,8 +178,8 @@ def _models(tokens: int) -> dict[str, nn.Module]:
 def _unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=PatchPCA.CHANNELS,
-        out_channels=PatchPCA.CHANNELS,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(48, 96),

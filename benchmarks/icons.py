@@ -9,7 +9,6 @@ Nothing of the pictures is committed: `build` fetches two npm packages (Noto emo
 import hashlib
 import io
 import json
-import subprocess
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bilora_diffusion.embedded.icons import fetch_package, on_white
 from bilora_diffusion.randomness import generator
 
-__all__ = ["FOLDER", "ICONS_A_CONCEPT", "Icons", "PatchPCA", "build", "load"]
+__all__ = ["FOLDER", "ICONS_A_CONCEPT", "Icons", "build", "load"]
 
 FOLDER = Path("outputs/benchmarks")
 FLAT_PACKAGE = ("emoji-datasource-google", "16.0.0")
@@ -70,55 +70,10 @@ class Icons:
         return torch.randperm(len(self.names), generator=generator(SPLIT_SEED, "icons"))
 
 
-class PatchPCA:
-    """A linear stand-in for a VAE: 4 x 4 patches of pixels -> 12 principal components, (B, 12, 8, 8).
-
-    Each component is divided by the root of its standard deviation, then all by one number that makes the latents'
-    standard deviation 1: between pixels' own proportions, where only mean colours matter, and whitening, where the
-    finest detail counts as much as they do.
-
-    Arguments:
-        pixels: (N, 3, H, W) in [-1, 1] to fit to.
-    """
-
-    PATCH_PX = 4
-    CHANNELS = 12
-
-    def __init__(self, pixels: Tensor) -> None:
-        patches = self._patches(pixels).transpose(1, 2).flatten(0, 1).double()
-        self.mean = patches.mean(0)
-        values, vectors = torch.linalg.eigh((patches - self.mean).T.cov())
-        order = values.argsort(descending=True)[: self.CHANNELS]
-        deviations = values[order].sqrt()
-        # eigh leaves the signs open.
-        signs = vectors[:, order].sum(0).sign()
-        self.vectors = vectors[:, order] * signs
-        self.scale = deviations.sqrt() * (deviations.mean()).sqrt()
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 12, H/4, W/4), float32."""
-        patches = self._patches(pixels).transpose(1, 2).double()
-        side = pixels.shape[-1] // self.PATCH_PX
-        latents = (patches - self.mean) @ self.vectors / self.scale
-        return latents.transpose(1, 2).unflatten(2, (side, side)).float()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, 12, h, w) -> (B, 3, 4h, 4w), float32, not clipped."""
-        patches = latents.flatten(2).transpose(1, 2).double() * self.scale @ self.vectors.T + self.mean
-        size = (latents.shape[-2] * self.PATCH_PX, latents.shape[-1] * self.PATCH_PX)
-        folded = torch.nn.functional.fold(
-            patches.transpose(1, 2), size, kernel_size=self.PATCH_PX, stride=self.PATCH_PX
-        )
-        return folded.float()
-
-    def _patches(self, pixels: Tensor) -> Tensor:
-        return torch.nn.functional.unfold(pixels, kernel_size=self.PATCH_PX, stride=self.PATCH_PX)
-
-
 def build() -> Path:
     """Fetches the packages where they are missing and writes all icons into one file."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    flat_archive, solid_archive = _packed(*FLAT_PACKAGE), _packed(*SOLID_PACKAGE)
+    flat_archive, solid_archive = fetch_package(*FLAT_PACKAGE, FOLDER), fetch_package(*SOLID_PACKAGE, FOLDER)
     with tarfile.open(flat_archive) as archive:
         entries = json.load(archive.extractfile("package/emoji.json"))
         files = {e["image"]: e["name"].lower() for e in entries if e["category"] in CATEGORIES and e["has_img_google"]}
@@ -148,23 +103,13 @@ def load() -> Icons:
     return Icons(names, _tensor(flat), _tensor(solid), digest)
 
 
-def _packed(package: str, version: str) -> Path:
-    path = FOLDER / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
-    if not path.exists():
-        subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=FOLDER, check=True)
-    return path
-
-
 def _pictures(archive: tarfile.TarFile, wanted: Mapping[str, str]) -> dict[str, np.ndarray]:
     """The wanted members as (32, 32, 3) bytes on white, by the names given to them. Missing ones are left out."""
-    return {wanted[m.name]: _on_white(archive.extractfile(m).read()) for m in archive if m.name in wanted}
-
-
-def _on_white(content: bytes) -> np.ndarray:
-    picture = Image.open(io.BytesIO(content)).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    flattened = Image.alpha_composite(white, picture).convert("RGB")
-    return np.asarray(flattened.resize((SIZE_PX, SIZE_PX), Image.Resampling.LANCZOS))
+    return {
+        wanted[m.name]: np.asarray(on_white(Image.open(io.BytesIO(archive.extractfile(m).read())), SIZE_PX))
+        for m in archive
+        if m.name in wanted
+    }
 
 
 def _tensor(pictures: np.ndarray) -> Tensor:

@@ -162,7 +162,7 @@ class TrainingConfig:
     # --- Base model ---
     pretrained_model_name_or_path: str = flag(
         dataclasses.MISSING,
-        "the SDXL base: a hub id, a folder in diffusers' layout, one .safetensors checkpoint, or tiny-random",
+        "the SDXL base: a hub id, a folder in diffusers' layout, one .safetensors checkpoint, or embedded",
         group=BASE,
     )
     pretrained_vae_model_name_or_path: str | None = flag(

@@ -1,12 +1,14 @@
-"""The end of `make demo`: loads the LoRA file as a user would and draws base | LoRA side by side.
+"""The end of `make demo`: loads LoRA files as a user would and draws base | LoRA | Bi-LoRA side by side.
 
-python -m bilora_diffusion.demo outputs/quickstart
+python -m bilora_diffusion.demo outputs/quickstart_lora outputs/quickstart
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,49 +16,76 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from bilora_diffusion.atomic import atomic_write
-from bilora_diffusion.bases import Base
+from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.bases.quiet import quiet_libraries
+from bilora_diffusion.embedded import EMBEDDED, ICONS_FOLDER
+from bilora_diffusion.embedded.icons import SOLID_STYLE, slug
+from bilora_diffusion.embedded.lists import LIKE_THE_PAPER
+from bilora_diffusion.embedded.words import concept_caption
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run_folder import CONFIG_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from bilora_diffusion.sampling import sample_pictures, use_sampling_scheduler
 
-__all__ = ["grid", "main"]
+__all__ = ["Column", "grid", "main"]
 
-GRID_FILE = "base_and_lora.png"
+GRID_FILE = "comparison.png"
 LABEL_PX = 22
-LEAST_SIDE_PX = 192  # the tiny base draws 64 px; smaller cells than this cannot be looked at
+LEAST_SIDE_PX = 160  # the embedded base draws 64 px; smaller cells than this cannot be looked at
+METHODS = {"lora": "LoRA", "bilora": "Bi-LoRA"}
+SHARED = ("pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path", "resolution")
+
+
+@dataclass(frozen=True)
+class Column:
+    """Arguments:
+    label: stands above.
+    pictures: from top to bottom.
+    """
+
+    label: str
+    pictures: Sequence[Image.Image]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the paths of the LoRA files and of the grid."""
-    parser = argparse.ArgumentParser(description="Draws base | LoRA for a finished run.")
-    parser.add_argument("folder", type=Path, help="the run's --output_dir")
-    parser.add_argument("--prompt", help="default: the run's instance prompt")
-    parser.add_argument("--count", type=int, default=4, help="pictures a column")
+    parser = argparse.ArgumentParser(description="Draws base | LoRA for finished runs, all from the same noise.")
+    parser.add_argument("folders", type=Path, nargs="+", help="the runs' --output_dir; the last is given the grid")
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        help="a row each; default: on the embedded base icons that the LoRA has not seen, else the run's prompt",
+    )
+    parser.add_argument("--count", type=int, default=1, help="pictures a prompt, from different noise")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     arguments = parser.parse_args(argv)
     try:
-        path = draw(arguments.folder, arguments.prompt, arguments.count, arguments.steps)
+        for flag in ("count", "steps"):
+            if getattr(arguments, flag) < 1:
+                raise UserError(f"--{flag} is {getattr(arguments, flag)}: give 1 or more")
+        path = draw(arguments.folders, arguments.prompt, arguments.count, arguments.steps)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name in (DIFFUSERS_FILE, KOHYA_FILE):
-        if (arguments.folder / name).exists():
-            print(arguments.folder / name)
+    for folder in arguments.folders:
+        for name in (DIFFUSERS_FILE, KOHYA_FILE):
+            if (folder / name).exists():
+                print(folder / name)
     print(path)
     return 0
 
 
 @torch.no_grad()
-def draw(folder: Path, prompt: str | None, count: int, steps: int) -> Path:
-    """Writes the grid of a finished run and returns its path.
+def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, steps: int) -> Path:
+    """Writes the grid of finished runs and returns its path.
 
     Raises:
-        UserError: the folder holds no finished run.
+        UserError: a folder holds no finished run, or the runs have different bases or resolutions.
     """
-    if not (folder / CONFIG_FILE).exists() or not (folder / DIFFUSERS_FILE).exists():
-        raise UserError(f"{folder} holds no finished run: it needs {CONFIG_FILE} and {DIFFUSERS_FILE}")
-    config = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    configs = [_read_config(folder) for folder in folders]
+    config = configs[0]
+    for name in SHARED:
+        if any(other[name] != config[name] for other in configs):
+            raise UserError(f"the runs differ in --{name}: give runs of one base and one resolution")
     base = Base(
         config["pretrained_model_name_or_path"],
         revision=config["revision"],
@@ -64,46 +93,79 @@ def draw(folder: Path, prompt: str | None, count: int, steps: int) -> Path:
         cache_dir=config["cache_dir"],
         vae=config["pretrained_vae_model_name_or_path"],
     )
+    names = LIKE_THE_PAPER if base.name == EMBEDDED and prompts is None else ()
+    prompts = [concept_caption(name) for name in names] or prompts or [config["instance_prompt"] or ""]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    pipeline = base.load("unet", "vae", "text_encoder", "text_encoder_2", dtype=dtype).to(device)
+    pipeline = base.load(*PARTS, dtype=dtype).to(device)
     use_sampling_scheduler(pipeline)
-    prompt = prompt or config["instance_prompt"] or ""
-    columns = [("base", _sample(pipeline, prompt, count, steps, config))]
-    with quiet_libraries():
-        pipeline.load_lora_weights(str(folder / DIFFUSERS_FILE))
-    columns.append((f"LoRA ({config['method']})", _sample(pipeline, prompt, count, steps, config)))
-    path = folder / GRID_FILE
+    columns = [Column("base", _sample(pipeline, prompts, count, steps, config))]
+    for folder, run in zip(folders, configs, strict=True):
+        with quiet_libraries():
+            pipeline.load_lora_weights(str(folder / DIFFUSERS_FILE))
+        label = METHODS.get(run["method"], run["method"])
+        if sum(other["method"] == run["method"] for other in configs) > 1:
+            label = f"{label} ({folder.name})"
+        columns.append(Column(label, _sample(pipeline, prompts, count, steps, config)))
+        pipeline.unload_lora_weights()
+    if names:
+        columns.append(Column("true 3D icon", [_solid_icon(name) for name in names for _ in range(count)]))
+    path = folders[-1] / GRID_FILE
     with atomic_write(path) as temporary:
-        grid(columns).save(temporary, format="PNG")
+        grid(columns, [name for name in names for _ in range(count)]).save(temporary, format="PNG")
     return path
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG_FILE).exists() or not (folder / DIFFUSERS_FILE).exists():
+        raise UserError(f"{folder} holds no finished run: it needs {CONFIG_FILE} and {DIFFUSERS_FILE}")
+    return yaml.safe_load((folder / CONFIG_FILE).read_text())
+
+
 def _sample(
-    pipeline: StableDiffusionXLPipeline, prompt: str, count: int, steps: int, config: dict
+    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], count: int, steps: int, config: dict[str, Any]
 ) -> list[Image.Image]:
     vae = pipeline.vae
-    return sample_pictures(
-        pipeline,
-        prompt,
-        numbers=range(count),
-        seed=config["seed"],
-        resolution=config["resolution"],
-        load_vae=lambda: vae,
-        steps=steps,
-    )
+    return [
+        picture
+        for prompt in prompts
+        for picture in sample_pictures(
+            pipeline,
+            prompt,
+            numbers=range(count),
+            seed=config["seed"],
+            resolution=config["resolution"],
+            load_vae=lambda: vae,
+            steps=steps,
+        )
+    ]
 
 
-def grid(columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Labelled columns of equally large pictures, a row for each seed."""
-    side = max(LEAST_SIDE_PX, columns[0][1][0].width)
-    rows = max(len(pictures) for _, pictures in columns)
-    sheet = Image.new("RGB", (side * len(columns), LABEL_PX + side * rows), "white")
+def _solid_icon(name: str) -> Image.Image:
+    with Image.open(ICONS_FOLDER / SOLID_STYLE / f"{slug(name)}.png") as picture:
+        return picture.convert("RGB")
+
+
+def grid(columns: Sequence[Column], rows: Sequence[str] = ()) -> Image.Image:
+    """Labelled columns of equally large pictures.
+
+    Arguments:
+        rows: what stands to the left of each row; empty for nothing.
+    """
+    side = max(LEAST_SIDE_PX, columns[0].pictures[0].width)
+    font = ImageFont.load_default(14)
+    margin = 12 + max((round(font.getlength(row)) for row in rows), default=-12)
+    height = max(len(column.pictures) for column in columns)
+    sheet = Image.new("RGB", (margin + side * len(columns), LABEL_PX + side * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (label, pictures) in enumerate(columns):
-        pen.text((column * side + 6, 3), label, fill="black", font=ImageFont.load_default(14))
-        for row, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (column * side, LABEL_PX + row * side))
+    for number, row in enumerate(rows):
+        pen.text((6, LABEL_PX + side * number + side // 2 - 8), row, fill="black", font=font)
+    for number, column in enumerate(columns):
+        left = margin + number * side
+        pen.text((left + 6, 3), column.label, fill="black", font=font)
+        for row, picture in enumerate(column.pictures):
+            enlarged = picture.resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(enlarged, (left, LABEL_PX + row * side))
     return sheet
 
 

@@ -29,10 +29,10 @@ class Conditioning:
 
     Arguments:
         time_ids: (B, 6): original height and width, crop top and left, target height and width, in pixels.
-        prompt_embeds: (B, 77, D), the penultimate hidden states of both text encoders side by side; None where
-            the text encoders are trained and run in every step.
+        prompt_embeds: (B, T, D), the penultimate hidden states of both text encoders side by side, T = 77 tokens
+            in SDXL; None where the text encoders are trained and run in every step.
         pooled_prompt_embeds: (B, P), the second text encoder's pooled output; None likewise.
-        token_ids: (B, 2, 77), one row a tokenizer; None where the embeddings are given.
+        token_ids: (B, 2, T), one row a tokenizer; None where the embeddings are given.
     """
 
     time_ids: Tensor
@@ -51,7 +51,7 @@ class Conditioning:
 
 
 def tokenize(tokenizers: Sequence, prompts: Sequence[str]) -> Tensor:
-    """Token ids of both tokenizers, padded and cut to 77: (B, 2, 77), int64."""
+    """Token ids of both tokenizers, padded and cut to their length T (SDXL: 77): (B, 2, T), int64."""
     ids = [
         tokenizer(
             list(prompts),
@@ -70,10 +70,10 @@ def embed_prompts(text_encoders: Sequence[nn.Module], token_ids: Tensor) -> tupl
 
     Arguments:
         text_encoders: CLIPTextModel and CLIPTextModelWithProjection.
-        token_ids: (B, 2, 77).
+        token_ids: (B, 2, T).
 
     Returns:
-        (B, 77, D1 + D2) and (B, P).
+        (B, T, D1 + D2) and (B, P).
     """
     outputs = [
         encoder(ids, output_hidden_states=True) for encoder, ids in zip(text_encoders, token_ids.unbind(1), strict=True)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,26 @@ def test_training_commands_run(command: str, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
+EMBEDDED_SNIPPET, SDXL_SNIPPET = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_embedded_base_can_be_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command and the snippet of its section, with fewer steps."""
+    monkeypatch.chdir(ROOT)
+    words = words_after_script(TRAININGS[0])
+    assert main([*words, "--output_dir", str(tmp_path), "--max_train_steps", "1", "--report_to", "none"]) == 0
+    assert "outputs/icons" in words and "outputs/icons" in EMBEDDED_SNIPPET and "=20" in EMBEDDED_SNIPPET
+    snippet = EMBEDDED_SNIPPET.replace("outputs/icons", str(tmp_path)).replace("=20", "=1")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    assert Image.open(tmp_path / "lion.png").size == (64, 64)
+
+
 def test_the_python_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert main([*words_after_script(TRAININGS[0]), *small(tmp_path / "run")]) == 0
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (training,) = [line for line in TRAININGS if "--output_dir outputs/dog" in line]
+    assert main([*words_after_script(training), *small(tmp_path / "run")]) == 0
+    snippet = SDXL_SNIPPET
     for here, there in {
         "stabilityai/stable-diffusion-xl-base-1.0": str(tiny_random_folder()),
         '"cuda"': '"cpu"',
@@ -81,14 +98,51 @@ def test_the_python_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(["--config", "configs/quickstart.yaml", *small(tmp_path)]) == 0
-    assert demo.main([str(tmp_path), "--count", "2", "--steps", "2"]) == 0
+    plain, both = tmp_path / "plain", tmp_path / "both"
+    short = ["--config", "configs/quickstart.yaml", "--max_train_steps", "1", "--report_to", "none"]
+    assert main([*short, "--method", "lora", "--output_dir", str(plain)]) == 0
+    assert main([*short, "--output_dir", str(both)]) == 0
+    capsys.readouterr()
+    assert demo.main([str(plain), str(both), "--steps", "1"]) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert [path.name for path in paths] == [demo.DIFFUSERS_FILE, demo.KOHYA_FILE, demo.GRID_FILE]
+    files = [demo.DIFFUSERS_FILE, demo.KOHYA_FILE]
+    assert [path.name for path in paths] == [*files, *files, demo.GRID_FILE] and paths[-1].parent == both
     assert all(path.exists() for path in paths)
+    side, sheet = demo.LEAST_SIDE_PX, Image.open(paths[-1])
+    assert sheet.height == demo.LABEL_PX + 6 * side
+    margin = sheet.width - 4 * side
+    assert 0 < margin < side
+    # The last column is the true icons; the others differ from it and from each other.
+    cells = [sheet.crop((margin + n * side, demo.LABEL_PX, margin + (n + 1) * side, sheet.height)) for n in range(4)]
+    with Image.open(demo.ICONS_FOLDER / "fluent-3d" / "rabbit.png") as rabbit:
+        true = rabbit.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    assert cells[3].crop((0, 0, side, side)).tobytes() == true.tobytes()
+    assert len({cell.tobytes() for cell in cells}) == 4
+
+
+def test_the_demonstration_on_another_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["--config", "configs/quickstart.yaml", *small(tmp_path), "--instance_prompt", "a cat"]) == 0
+    capsys.readouterr()
+    assert demo.main([str(tmp_path), "--count", "2", "--steps", "1"]) == 0
     side = demo.LEAST_SIDE_PX
-    assert Image.open(paths[-1]).size == (2 * side, 2 * side + demo.LABEL_PX)
-    assert demo.main([str(tmp_path / "nothing")]) == 2
+    assert Image.open(tmp_path / demo.GRID_FILE).size == (2 * side, 2 * side + demo.LABEL_PX)
+    assert demo.main([str(tmp_path), "--steps", "1", "--prompt", "a cat", "a dog", "a cow"]) == 0
+    assert Image.open(tmp_path / demo.GRID_FILE).size == (2 * side, 3 * side + demo.LABEL_PX)
+    capsys.readouterr()
+    for words, told in (([tmp_path / "nothing"], "no finished run"), ([tmp_path, "--steps", "0"], "--steps is 0")):
+        assert demo.main([*map(str, words)]) == 2
+        message = capsys.readouterr().err
+        assert told in message and message.count("\n") == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(tmp_path / demo.DIFFUSERS_FILE, other)
+    config = yaml.safe_load((tmp_path / demo.CONFIG_FILE).read_text())
+    (other / demo.CONFIG_FILE).write_text(yaml.safe_dump(config | {"pretrained_model_name_or_path": "embedded"}))
+    assert demo.main([str(tmp_path), str(other), "--steps", "1"]) == 2
+    assert "differ in --pretrained_model_name_or_path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

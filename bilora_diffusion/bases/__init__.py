@@ -4,7 +4,6 @@ Nothing else in the package opens a base. Its parts have diffusers' names: unet,
 text_encoder_2.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,16 @@ from bilora_diffusion.bases.folder import CONFIG_FILES, PARTS, BaseFolder, read_
 from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.bases.single_file import SingleFile, vae_from_file
 from bilora_diffusion.bases.tiny import TINY_RANDOM, build_tiny_random
+from bilora_diffusion.embedded import BASE_FOLDER, EMBEDDED
 from bilora_diffusion.errors import UserError
 
-__all__ = ["EMBEDDED", "PARTS", "Base"]
+__all__ = ["BUILT_IN", "PARTS", "Base"]
 
 BASE_FLAG = "--pretrained_model_name_or_path"
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
 
-EMBEDDED: dict[str, Callable[[], StableDiffusionXLPipeline]] = {TINY_RANDOM: build_tiny_random}
-"""Names of bases that come with the package, and how each is built: whole, on the CPU, in float32."""
+BUILT_IN = (EMBEDDED, TINY_RANDOM)
+"""Names of bases that come with the package: the trained one, and random weights for tests."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Base:
     """A base by name; nothing is read before `load` or `native_resolution`.
 
     Attributes:
-        name: a name in `EMBEDDED`, a folder in the diffusers layout, a `.safetensors` file, or a hub id. What
+        name: a name in `BUILT_IN`, a folder in the diffusers layout, a `.safetensors` file, or a hub id. What
             exists on this disk goes before the hub.
         revision: branch, tag or commit of a hub id; of the base only, not of `vae`.
         variant: "fp16" for weights stored under names such as `model.fp16.safetensors`; not of `vae`.
@@ -67,12 +67,13 @@ class Base:
             raise ValueError(f"a base has the parts {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
         own_parts = tuple(part for part in parts if not (part == "vae" and self.vae))
         with quiet_libraries():
-            if self.name in EMBEDDED:
-                pipeline = _cut_to(own_parts, EMBEDDED[self.name](), dtype)
+            if self.name == TINY_RANDOM:
+                pipeline = _cut_to(own_parts, build_tiny_random(), dtype)
             else:
                 pipeline = _assemble(self._open(own_parts, config_folder), own_parts, dtype)
             if self.vae and "vae" in parts:
                 pipeline.register_modules(vae=self._other_vae(self.vae))
+                self._check_fit(pipeline.vae, config_folder)
                 pipeline.vae_scale_factor = _vae_factor(pipeline.vae.config)
         return pipeline
 
@@ -85,8 +86,8 @@ class Base:
             UserError: as `load`.
         """
         with quiet_libraries():
-            if self.name in EMBEDDED:
-                pipeline = EMBEDDED[self.name]()
+            if self.name == TINY_RANDOM:
+                pipeline = build_tiny_random()
                 unet, vae = pipeline.unet.config, pipeline.vae.config
             else:
                 source = self._open((), config_folder)
@@ -97,18 +98,20 @@ class Base:
     def is_hub_id(self) -> bool:
         """Whether the name is for the hub: not built in, not on this disk, and of a hub id's form."""
         on_disk = Path(self.name).expanduser().exists()
-        return self.name not in EMBEDDED and not on_disk and may_be_hub_id(self.name)
+        return self.name not in BUILT_IN and not on_disk and may_be_hub_id(self.name)
 
     @property
     def shared_name(self) -> str:
         """The name as it may be written in a file to be shared: of a local path only the last component."""
-        if self.name in EMBEDDED or self.is_hub_id:
+        if self.name in BUILT_IN or self.is_hub_id:
             return self.name
         path = Path(self.name).expanduser()
         return path.name or path.resolve().name
 
     def _open(self, parts: tuple[str, ...], config_folder: Path | None) -> BaseFolder | SingleFile:
         """The base, checked to be SDXL; of a hub model the weights of `parts` have been fetched."""
+        if self.name == EMBEDDED:
+            return BaseFolder(BASE_FOLDER, f"{BASE_FLAG}: {EMBEDDED}")
         path = existing_path(self.name, BASE_FLAG)
         where = f"{BASE_FLAG}: {self.shared_name}"
         if path is None:
@@ -122,6 +125,19 @@ class Base:
         if path.is_dir():
             return BaseFolder(path, where, self.variant)
         return SingleFile(path, where) if config_folder is None else SingleFile(path, where, config_folder)
+
+    def _check_fit(self, vae: AutoencoderKL, config_folder: Path | None) -> None:
+        """`UserError` unless the base's own VAE has latents of the same shape."""
+        if self.name == TINY_RANDOM:
+            own = build_tiny_random().vae.config
+        else:
+            own = self._open((), config_folder).read_json("vae/config.json")
+        needed = (own["latent_channels"], _vae_factor(own))
+        if (given := (vae.config.latent_channels, _vae_factor(vae.config))) != needed:
+            raise UserError(
+                f"{VAE_FLAG}: {Base(self.vae).shared_name} gives {given[0]} channels at 1/{given[1]} of the size, "
+                f"{self.shared_name} needs {needed[0]} at 1/{needed[1]}; leave the flag out."
+            )
 
     def _other_vae(self, name: str) -> AutoencoderKL:
         path = existing_path(name, VAE_FLAG)

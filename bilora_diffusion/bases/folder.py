@@ -82,10 +82,11 @@ class BaseFolder:
         unet = self.read_json("unet/config.json")
         if unet.get("addition_embed_type") != "text_time":
             raise UserError(f"{self.where} has a UNet without SDXL's size conditioning; it is not an SDXL base.")
-        if (channels := unet.get("in_channels", 4)) != 4:
+        read, drawn = unet.get("in_channels", 4), unet.get("out_channels", 4)
+        if read != drawn:
             raise UserError(
-                f"{self.where} has a UNet that reads {channels} channels (inpainting or editing), SDXL's "
-                "reads 4; train on the plain base."
+                f"{self.where} has a UNet that reads {read} channels and draws {drawn} (inpainting or editing); "
+                "train on the plain base."
             )
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, clip_vocabulary
 from bilora_diffusion.bases.quiet import quiet_libraries
+from bilora_diffusion.bases.text_config import small_text_config
 
 __all__ = ["TINY_RANDOM", "build_tiny_random", "tiny_random_folder"]
 
@@ -39,10 +40,11 @@ def build_tiny_random() -> StableDiffusionXLPipeline:
 
     The global random state is left as it was found.
     """
+    tokens = len(clip_vocabulary())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(WEIGHT_SEED)
-        text_encoder = CLIPTextModel(_text_config("quick_gelu"))
-        text_encoder_2 = CLIPTextModelWithProjection(_text_config("gelu"))
+        text_encoder = CLIPTextModel(small_text_config(tokens, TEXT_WIDTH, "quick_gelu"))
+        text_encoder_2 = CLIPTextModelWithProjection(small_text_config(tokens, TEXT_WIDTH, "gelu"))
         unet = _unet()
         vae = _vae()
         for encoder in (text_encoder, text_encoder_2):
@@ -84,25 +86,6 @@ def tiny_random_folder() -> Path:
     with quiet_libraries():
         build_tiny_random().save_pretrained(folder)
     return folder
-
-
-def _text_config(activation: str) -> CLIPTextConfig:
-    # SDXL reads the last hidden state but one, so the last layer of text encoder 1 never gets a gradient:
-    # three layers leave two that do. The ids of begin, end and padding are SDXL's own odd ones;
-    # eos_token_id = 2 makes transformers pool at the largest id, which is the end token's here too.
-    return CLIPTextConfig(
-        vocab_size=len(clip_vocabulary()),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        hidden_act=activation,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
 
 
 def _unet() -> UNet2DConditionModel:

@@ -54,7 +54,11 @@ def primary_layers(part: str, model: nn.Module) -> dict[str, Tensor]:
     """
     if PRIMARY not in getattr(model, "peft_config", {}):
         raise ValueError(f"the {part} has no adapter named '{PRIMARY}'")
-    state = get_peft_model_state_dict(model, adapter_name=PRIMARY)
+    state = get_peft_model_state_dict(
+        model,
+        adapter_name=PRIMARY,
+        save_embedding_layers=False,  # "auto" asks the hub for the base's vocabulary
+    )
     # peft drops the ".weight" of a DoRA magnitude. diffusers then loses it for text encoders (transformers 5
     # warns, and the magnitude starts anew); with the ending it is read everywhere.
     state = {
