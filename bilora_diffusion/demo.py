@@ -57,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--count", type=int, default=1, help="pictures a prompt, from different noise")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is none")
     arguments = parser.parse_args(argv)
     try:
         for flag in ("count", "steps"):
             if getattr(arguments, flag) < 1:
                 raise UserError(f"--{flag} is {getattr(arguments, flag)}: give 1 or more")
-        path = draw(arguments.folders, arguments.prompt, arguments.count, arguments.steps)
+        path = draw(arguments.folders, arguments.prompt, arguments.count, arguments.steps, arguments.guidance_scale)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, steps: int) -> Path:
+def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, steps: int, guidance_scale: float) -> Path:
     """Writes the grid of finished runs and returns its path.
 
     Raises:
@@ -99,14 +100,14 @@ def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, ste
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipeline = base.load(*PARTS, dtype=dtype).to(device)
     use_sampling_scheduler(pipeline)
-    columns = [Column("base", _sample(pipeline, prompts, count, steps, config))]
+    columns = [Column("base", _sample(pipeline, prompts, count, steps, guidance_scale, config))]
     for folder, run in zip(folders, configs, strict=True):
         with quiet_libraries():
             pipeline.load_lora_weights(str(folder / DIFFUSERS_FILE))
         label = METHODS.get(run["method"], run["method"])
         if sum(other["method"] == run["method"] for other in configs) > 1:
             label = f"{label} ({folder.name})"
-        columns.append(Column(label, _sample(pipeline, prompts, count, steps, config)))
+        columns.append(Column(label, _sample(pipeline, prompts, count, steps, guidance_scale, config)))
         pipeline.unload_lora_weights()
     if names:
         columns.append(Column("true 3D icon", [_solid_icon(name) for name in names for _ in range(count)]))
@@ -123,7 +124,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _sample(
-    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], count: int, steps: int, config: dict[str, Any]
+    pipeline: StableDiffusionXLPipeline,
+    prompts: Sequence[str],
+    count: int,
+    steps: int,
+    guidance_scale: float,
+    config: dict[str, Any],
 ) -> list[Image.Image]:
     vae = pipeline.vae
     return [
@@ -137,6 +143,7 @@ def _sample(
             resolution=config["resolution"],
             load_vae=lambda: vae,
             steps=steps,
+            guidance_scale=guidance_scale,
         )
     ]
 

@@ -61,6 +61,7 @@ def sample_pictures(
     resolution: int,
     load_vae: Callable[[], nn.Module],
     steps: int = 25,
+    guidance_scale: float = 5.0,
     batch_size: int = 1,
 ) -> list[Image.Image]:
     """Square pictures of one prompt.
@@ -71,6 +72,7 @@ def sample_pictures(
         resolution: side in pixels.
         load_vae: gives the VAE, in float32 on the device; called once, after the UNet is done.
         steps: denoising steps; 25 is the stock script's.
+        guidance_scale: of classifier-free guidance; 5 is the pipeline's own.
     """
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
     arguments = {"prompt": prompt} if isinstance(prompt, str) else prompt.arguments(device, dtype)
@@ -83,6 +85,7 @@ def sample_pictures(
                 **arguments,
                 num_images_per_prompt=len(group),
                 num_inference_steps=steps,
+                guidance_scale=guidance_scale,
                 height=resolution,
                 width=resolution,
                 generator=[generator(seed, "sample", number) for number in group],

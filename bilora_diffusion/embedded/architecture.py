@@ -12,8 +12,8 @@ from bilora_diffusion.embedded.words import MAX_TOKENS
 __all__ = ["LATENT_CHANNELS", "SCHEDULE", "VAE_FACTOR", "build_denoiser", "build_vae"]
 
 LATENT_CHANNELS = 10
-"""Of 4 x 4 patches: three colours, their slopes both ways, the brightness' curvature. 4 channels, as SDXL has at a
-factor of 8, leave mush at 64 px."""
+"""Of 4 x 4 patches: three colours, their slopes both ways, the brightness' curvature. Four channels, as SDXL has,
+lose too much of 64 px."""
 VAE_FACTOR = 4
 TEXT_WIDTHS = (64, 96)
 TIME_WIDTH = 8

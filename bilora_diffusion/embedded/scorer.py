@@ -40,7 +40,7 @@ STYLE_WORDS = dict(zip(STYLES, ("noto", "twemoji", "3d"), strict=True))
 
 @dataclass(frozen=True)
 class ScorerSettings(FitSettings):
-    steps: int = 3000
+    steps: int = 1800
     batch: int = 128
     learning_rate: float = 1e-3
     decay_from: float = 0.3
