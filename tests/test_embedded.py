@@ -140,7 +140,8 @@ def test_the_tokenizer_cuts_captions_as_clip_does(pipeline: StableDiffusionXLPip
             tokens = clip.tokenize(caption)
             assert pipeline.tokenizer.tokenize(caption) == tokens == pipeline.tokenizer_2.tokenize(caption)
             assert len(tokens) + 2 <= MAX_TOKENS
-    assert pipeline.tokenizer.decode(pipeline.tokenizer("Größe: 7½ 猫").input_ids[1:-1]) == "größe: 7½ 猫"
+    decoded = pipeline.tokenizer.decode(pipeline.tokenizer("Größe: 7½ 猫").input_ids[1:-1])
+    assert decoded.replace(" ", "") == "größe:7½猫"  # no character is lost, known or not
     assert pipeline.tokenizer_2("a", padding="max_length").input_ids[-1] == pipeline.tokenizer_2.convert_tokens_to_ids(
         "!"
     )
