@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, sdxl_merges
+from bilora_diffusion.bases.tiny import tiny_random_folder
 from bilora_diffusion.data.pictures import find_pictures
 from bilora_diffusion.embedded import BASE_FOLDER, CONCEPT_FOLDER, EMBEDDED, SCORER_FOLDER, icons, recipe
 from bilora_diffusion.embedded.__main__ import main
@@ -69,6 +70,12 @@ def test_it_has_the_architecture_of_sdxl(pipeline: StableDiffusionXLPipeline) ->
     assert pipeline.scheduler.config.prediction_type == "epsilon"
     assert Base(EMBEDDED).native_resolution() == icons.SIZE_PX
     assert Base(EMBEDDED).shared_name == EMBEDDED and not Base(EMBEDDED).is_hub_id
+
+
+def test_another_vae_must_have_its_latents() -> None:
+    with pytest.raises(UserError, match="gives 4 channels at 1/8 of the size, embedded needs 10 at 1/4"):
+        Base(EMBEDDED, vae=str(tiny_random_folder())).load("vae")
+    assert Base(EMBEDDED, vae=str(BASE_FOLDER / "vae")).load("vae").vae.config.latent_channels == 10
 
 
 def test_it_loads_and_draws_quickly() -> None:
