@@ -199,7 +199,7 @@ def test_the_check_says_what_it_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     lists = shipped_lists()
-    monkeypatch.setattr(recipe, "shipped_lists", lambda: lists | {"check": lists["check"][:3]})
+    monkeypatch.setattr(icons, "shipped_lists", lambda: lists | {"check": lists["check"][:3]})
     assert main(["check", "--steps", "2", "--output_dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert (
@@ -274,7 +274,7 @@ def test_the_recipe_builds_a_base_that_loads(shipped: Icons, tmp_path: Path, mon
     for name in ("icons/noto.png", "icons/fluent-3d/lion.png", "concept/rat.png"):
         with Image.open(built / name) as new, Image.open(here / name) as old:
             assert new.tobytes() == old.tobytes()
-    assert [call[:2] for call in checked] == [(str(built / "base"), style) for style in FLAT_STYLES]
+    assert [(call[0], call[3]) for call in checked] == [(str(built / "base"), style) for style in FLAT_STYLES]
     assert (built / "scorer" / "model.safetensors").exists()
     assert sum("step" in line for line in said) == 2 + 2 + 2
     # Done is done: a second call trains nothing.

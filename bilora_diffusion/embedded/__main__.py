@@ -63,14 +63,24 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from bilora_diffusion.embedded.icons import FLAT_STYLES
+    from bilora_diffusion.embedded.icons import FLAT_STYLES, Icons, shipped_lists
     from bilora_diffusion.embedded.recipe import check
 
     if arguments.style not in FLAT_STYLES:
         raise UserError(f"--style {arguments.style}: the base knows {' and '.join(FLAT_STYLES)}")
     if arguments.steps < 1:
         raise UserError(f"--steps is {arguments.steps}: give 1 or more")
-    check(arguments.base, arguments.style, arguments.seed, arguments.steps, arguments.output_dir, _say)
+    names = shipped_lists()["check"]
+    check(
+        arguments.base,
+        Icons.shipped(),
+        names,
+        arguments.style,
+        arguments.seed,
+        arguments.steps,
+        arguments.output_dir,
+        _say,
+    )
     for ending in ("json", "png"):
         print(arguments.output_dir / f"check-{arguments.style}.{ending}")
     return 0

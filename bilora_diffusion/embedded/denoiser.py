@@ -50,7 +50,7 @@ def train_denoiser(
     models = build_denoiser(batches.vocabulary_size, stream_seed(settings.seed, "embedded", "weights"))
     for model in models.values():
         model.to(device).train()
-    models["unet"].to(memory_format=torch.channels_last)  # 6 % of a step on a CPU
+    models["unet"].to(memory_format=torch.channels_last)  # a little faster on a CPU too
     probe = batches.probe()
     fit(
         models,

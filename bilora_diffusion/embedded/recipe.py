@@ -17,7 +17,7 @@ from bilora_diffusion.embedded.check import contact_sheet, draw, features, retri
 from bilora_diffusion.embedded.denoiser import DenoiserSettings, latent_space, train_denoiser
 from bilora_diffusion.embedded.export import export_base, export_concept, export_icons, export_scorer
 from bilora_diffusion.embedded.fitting import load_averages
-from bilora_diffusion.embedded.icons import FLAT_STYLES, SOLID_STYLE, Icons, concept_pictures, prepare, shipped_lists
+from bilora_diffusion.embedded.icons import FLAT_STYLES, SOLID_STYLE, Icons, concept_pictures, prepare
 from bilora_diffusion.embedded.lists import draw_lists
 from bilora_diffusion.embedded.scorer import (
     Scorer,
@@ -96,14 +96,26 @@ def build(recipe: Recipe, work: Path, target: Path, device: torch.device, log: C
     }
     write_text_atomically(target / "base" / LOG_FILE, json.dumps(record, indent=1) + "\n")
     for style in FLAT_STYLES:
-        check(str(target / "base"), style, 0, 20, work, log)
+        check(str(target / "base"), icons, lists["check"], style, 0, 20, work, log)
 
 
-def check(base: str, style: str, seed: int, steps: int, folder: Path, log: Callable[[str], None] = print) -> dict:
-    """Draws the names of the check list and looks each picture up among all icons of the style.
+def check(
+    base: str,
+    icons: Icons,
+    names: list[str],
+    style: str,
+    seed: int,
+    steps: int,
+    folder: Path,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Draws icons by name and looks each picture up among all icons of the style.
 
     Arguments:
         base: `embedded`, or the folder of one that `build` made.
+        names: what to draw, one picture each; picture i starts from the noise of (seed, i).
+        style: one of the flat ones.
+        steps: denoising steps.
         folder: is given `check-<style>.json` and the contact sheet `check-<style>.png`: drawn above true.
 
     Returns:
@@ -112,7 +124,6 @@ def check(base: str, style: str, seed: int, steps: int, folder: Path, log: Calla
     Raises:
         UserError: scikit-image is missing, the base cannot be loaded, or the folder not written.
     """
-    icons, names = Icons.shipped(), shipped_lists()["check"]
     true = icons.pixels[style][icons.rows(names)]
     features(true[:1])  # needs a library that may be missing: told now, not after a minute of drawing
     try:
