@@ -176,7 +176,15 @@ def assemble(
         copy_lora_into(models, initial, config.init_lora_from)
     total_batch = config.train_batch_size * config.gradient_accumulation_steps * machine.processes
     rates = learning_rates(config, list(models), total_batch)
-    method, radius = methods.build(config, models, auxiliary_learning_rates(config, rates), seed)
+    steps = steps_of(len(dataset))
+    method, radius = methods.build(
+        config,
+        models,
+        rates=rates,
+        auxiliary_rates=auxiliary_learning_rates(config, rates),
+        seed=seed,
+        steps=steps,
+    )
     primary = {part: list(parameters_of(model, PRIMARY).values()) for part, model in models.items()}
     _check_parameters(models, primary, method)
     optimizer = build_optimizer(config, primary, rates)
@@ -185,7 +193,7 @@ def assemble(
             config.lr_scheduler,
             optimizer=one,
             num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=steps_of(len(dataset)),
+            num_training_steps=steps,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )

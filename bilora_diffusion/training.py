@@ -99,6 +99,7 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self._clip_primary()
+            self.method.before_step()
             self.optimizer.step()  # descent on (A1, B1)
             self.method.after_step()  # Bi-LoRA: ascent on (A2, B2), then the global clip
             for scheduler in self.schedulers:
