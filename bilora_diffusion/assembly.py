@@ -185,9 +185,10 @@ def assemble(
         seed=seed,
         steps=steps,
     )
-    primary = {part: list(parameters_of(model, PRIMARY).values()) for part, model in models.items()}
+    named = {part: parameters_of(model, PRIMARY) for part, model in models.items()}
+    primary = {part: list(parameters.values()) for part, parameters in named.items()}
     _check_parameters(models, primary, method)
-    optimizer = build_optimizer(config, primary, rates)
+    optimizer = build_optimizer(config, named, rates)
     schedulers = [
         get_scheduler(
             config.lr_scheduler,
@@ -209,6 +210,7 @@ def assemble(
         compute_dtype=machine.dtype,
         max_grad_norm=config.max_grad_norm,
         seed=seed,
+        ema_decay=config.ema_decay,
     )
     make_batch = BatchMaker(
         objective,

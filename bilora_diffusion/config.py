@@ -438,6 +438,21 @@ class TrainingConfig:
         choices=("AdamW", "prodigy"),
         departure="an unknown name is refused (there AdamW is taken silently)",
     )
+    loraplus_lr_ratio: float = flag(
+        1.0,
+        "LoRA+ (arXiv 2402.12354): the learning rate of every B is so many times that of its A; 16 is usual there",
+        group=OPTIMISER,
+        within=POSITIVE,
+        origin="bilora",
+    )
+    ema_decay: float | None = flag(
+        None,
+        "keep an exponential moving average of the primary and write that; 0.99 to 0.999 suit a few hundred steps "
+        "(it begins lower and grows to this); unset: the last weights",
+        group=OPTIMISER,
+        within=BELOW_ONE,
+        origin="bilora",
+    )
     use_8bit_adam: bool = flag(
         False,
         "8-bit AdamW of bitsandbytes",
@@ -624,6 +639,11 @@ class TrainingConfig:
             return
         if self.use_8bit_adam:
             raise UserError("--use_8bit_adam works only with --optimizer AdamW, not with prodigy: leave it out")
+        if self.loraplus_lr_ratio != 1:
+            raise UserError(
+                "--loraplus_lr_ratio does not go with --optimizer prodigy, which estimates one step size for all: "
+                "leave it out, or use AdamW"
+            )
         if self.method == "dual-lora" and self.auxiliary_learning_rate is None:
             raise UserError(
                 "--optimizer prodigy with --method dual-lora needs --auxiliary_learning_rate, as Prodigy's own rate "

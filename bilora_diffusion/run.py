@@ -294,6 +294,8 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
         "use_dora": config.use_dora,
         "optimizer": config.optimizer,
         "use_8bit_adam": config.use_8bit_adam,
+        "loraplus_lr_ratio": config.loraplus_lr_ratio,
+        "ema_decay": config.ema_decay,
     }
     if config.method in BALL_METHODS:
         identity["auxiliary_rank"] = config.auxiliary_rank or config.rank
