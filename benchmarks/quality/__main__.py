@@ -1,0 +1,73 @@
+"""python -m benchmarks.quality choose | measure | report
+
+    choose    trains every candidate of `plan` on seed 0: learning rate and strength are chosen by the loss on the
+              validation names at each run's best step
+    measure   trains the chosen ones on five other seeds, measures on the test names, draws pictures
+    report    benchmarks/results/quality.md from what is there
+
+Every run is written when it is done, so that a stopped command goes on with the next one. One process uses one core:
+start two with --part 1/2 and --part 2/2 to use two.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).parent.parent / "results" / "quality"
+CHOOSING_SEED = 0
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("choose", "measure", "report"))
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of `measure`")
+    parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
+    arguments = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if arguments.stage == "report":
+        from benchmarks.quality.report import report
+
+        path = RESULTS.parent / "quality.md"
+        path.write_text(report(RESULTS))
+        print(path)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from benchmarks.quality.laboratory import Laboratory
+    from benchmarks.quality.plan import candidates
+    from benchmarks.quality.report import chosen
+
+    if arguments.stage == "choose":
+        runs = [(one, CHOOSING_SEED, False) for one in candidates(arguments.methods)]
+    else:
+        best = chosen(RESULTS)
+        methods = arguments.methods or sorted(best)
+        runs = [(best[method], seed, True) for seed in arguments.seeds for method in methods if method in best]
+    number, of = map(int, arguments.part.split("/"))
+    laboratory = None
+    for configuration, seed, pictures in runs[number - 1 :: of]:
+        path = RESULTS / f"{configuration.slug}-seed{seed}.json"
+        if path.exists():
+            continue
+        laboratory = laboratory or Laboratory()
+        found = laboratory.train(configuration, seed, pictures)
+        path.write_text(json.dumps(rounded(found)) + "\n")
+        last = found["evaluations"][max(found["evaluations"])]
+        print(f"seed {seed}: {configuration}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.items()), flush=True)
+
+
+def rounded(value):
+    """Six digits are more than the measurements carry; the files stay small."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Trains one configuration with the trainer itself and measures what came out."""
+
+import copy
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.quality.plan import Configuration
+from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.assembly import Machine, assemble, read_pictures
+from bilora_diffusion.bases import PARTS, Base
+from bilora_diffusion.batches import Batch, TrainingMicroBatch
+from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.data.dreambooth import flatten
+from bilora_diffusion.embedded import CONCEPT_FOLDER, EMBEDDED
+from bilora_diffusion.embedded.check import draw, features
+from bilora_diffusion.embedded.icons import SOLID_STYLE, Icons, shipped_lists
+from bilora_diffusion.embedded.scorer import Scorer, styled_text
+from bilora_diffusion.embedded.words import concept_caption, flat_caption
+from bilora_diffusion.prompts import EmbeddedPrompts
+from bilora_diffusion.randomness import generator
+from bilora_diffusion.sdxl import encode_images, latents_from, time_ids
+
+__all__ = ["EVALUATED_AT", "STEPS", "Laboratory"]
+
+STEPS = 400
+EVALUATED_AT = (100, 200, 300, 400)
+DRAWS = 2  # (timestep, noise) for each icon, the same for all
+PICTURES = 48  # test names that are drawn
+RANK, ALPHA, BATCH = 4, 8.0, 4
+
+
+class Laboratory:
+    """The base, the icons and everything that is the same for all configurations."""
+
+    def __init__(self) -> None:
+        self.icons, self.lists = Icons.shipped(), shipped_lists()
+        self.base = Base(EMBEDDED)
+        self.pipeline = self.base.load(*PARTS)
+        solid, flat = concept_caption, lambda name: flat_caption("noto", name)
+        self.evaluations = {
+            "validation": self._draws(SOLID_STYLE, self.lists["validation"], solid, 0),
+            "test": self._draws(SOLID_STYLE, self.lists["test"], solid, 1),
+            "training": self._draws(SOLID_STYLE, self.lists["concept"], solid, 2, 4),
+            "flat": self._draws("noto", self.lists["check"], flat, 3),
+        }
+
+    def _draws(self, style: str, names: list[str], caption, stream: int, draws: int = DRAWS) -> list[Batch]:
+        """Each icon with some draws, timesteps spread evenly, in batches of 64."""
+        pixels = self.icons.style(style)[self.icons.rows(names)].repeat(draws, 1, 1, 1)
+        captions = [caption(name) for name in names] * draws
+        random = generator(0, "quality", stream)
+        moments = encode_images(self.pipeline.vae, pixels)
+        latents = latents_from(moments, self.pipeline.vae.config, torch.randn(moments.mean.shape, generator=random))
+        noise = torch.randn(latents.shape, generator=random)
+        count = len(captions)
+        order = torch.randperm(count, generator=random)
+        timesteps = ((order + torch.rand(count, generator=random)) / count * 1000).long().clamp_max(999)
+        prompts = EmbeddedPrompts(
+            sorted(set(captions)),
+            (self.pipeline.tokenizer, self.pipeline.tokenizer_2),
+            (self.pipeline.text_encoder, self.pipeline.text_encoder_2),
+        )
+        sizes = time_ids((64, 64), (0, 0), (64, 64)).expand(count, -1)
+        given = prompts.conditioning(captions, sizes)
+        ones = torch.ones(count)
+        whole = Batch(latents, noise, timesteps, given, ones, ones)
+        return [
+            Batch(
+                whole.latents[rows],
+                whole.noise[rows],
+                whole.timesteps[rows],
+                whole.conditioning[rows],
+                whole.weights[rows],
+                whole.instances[rows],
+            )
+            for rows in (slice(first, first + 64) for first in range(0, count, 64))
+        ]
+
+    def train(self, configuration: Configuration, seed: int, pictures: bool = False) -> dict[str, Any]:
+        """One run. Losses at `EVALUATED_AT`; with `pictures` also what is drawn at the end."""
+        config = TrainingConfig(
+            pretrained_model_name_or_path=EMBEDDED,
+            instance_data_dir=str(CONCEPT_FOLDER),
+            method=configuration.method,
+            learning_rate=configuration.learning_rate,
+            rank=RANK,
+            lora_alpha=ALPHA,
+            train_batch_size=BATCH,
+            max_train_steps=STEPS,
+            center_crop=True,
+            seed=seed,
+            **configuration.settings,
+        )
+        machine = Machine(torch.device("cpu"), torch.float32, 0, 1, lambda: None)
+        found, _ = read_pictures(config)
+        parts = assemble(config, machine, found, seed=seed, steps_of=lambda _: STEPS)
+        losses, gaps, evaluations, seconds = [], [], {}, 0.0
+        for step in range(STEPS):
+            rows = flatten([parts.dataset[draw] for draw in range(step * BATCH, (step + 1) * BATCH)])
+            micro_batches = parts.trainer.micro_batches([parts.make_batch(rows)])
+            if parts.method.perturbs and (step + 1) % 50 == 0:
+                gaps.append(self._gap(parts, micro_batches))
+            began = time.perf_counter()
+            losses.append(parts.trainer.training_step(micro_batches, step).loss)
+            seconds += time.perf_counter() - began
+            if step + 1 in EVALUATED_AT:
+                evaluations[step + 1] = self.evaluate(parts)
+        result = {
+            "method": configuration.method,
+            "learning_rate": configuration.learning_rate,
+            "settings": configuration.settings,
+            "resolved": dict(parts.method.settings),
+            "key": configuration.key,
+            "seed": seed,
+            "evaluations": evaluations,
+            "loss_gaps": gaps,
+            "training_losses": losses,
+            "seconds": seconds,
+            "singular_share": parts.radius.singular_share if parts.radius else None,
+        }
+        if pictures:
+            result["pictures"] = self.pictures(parts, seed)
+        return result
+
+    @torch.no_grad()
+    def _gap(self, parts, micro_batches) -> float:
+        with parts.method.perturbed(micro_batches):
+            perturbed = micro_batches[0].loss()
+        with auxiliary_off(parts.models.values()):
+            return (perturbed - micro_batches[0].loss()).item()
+
+    @torch.no_grad()
+    def evaluate(self, parts) -> dict[str, float]:
+        """The loss of what would be exported, on the fixed draws."""
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        unet = parts.models["unet"].eval()
+        losses = {}
+        with parts.trainer.as_exported():
+            for name, batches in self.evaluations.items():
+                total = sum(
+                    TrainingMicroBatch(b, parts.models, parts.trainer.objective, torch.float32, 1.0, scaler).loss()
+                    * len(b)
+                    for b in batches
+                )
+                losses[name] = (total / sum(map(len, batches))).item()
+        unet.train()
+        return losses
+
+    @torch.no_grad()
+    def pictures(self, parts, seed: int) -> dict[str, float]:
+        """What is drawn for unseen names, beside their true 3D icons, the training icons, and what the base draws."""
+        names = self.lists["test"][:PICTURES]
+        flat = [flat_caption("noto", name) for name in names[:24]]
+        pipeline = copy.copy(self.pipeline)
+        pipeline.register_modules(unet=parts.models["unet"].eval())
+        with parts.trainer.as_exported():
+            drawn = draw(pipeline, [concept_caption(name) for name in names], seed=seed, guidance_scale=3.0)
+            flat_drawn = draw(pipeline, flat, seed=seed, guidance_scale=3.0)
+        of_base = draw(self.pipeline, flat, seed=seed, guidance_scale=3.0)
+        true, concept = (
+            features(self.icons.pixels[SOLID_STYLE][self.icons.rows(some)]) for some in (names, self.lists["concept"])
+        )
+        ours, everything = features(drawn), features(self.icons.pixels[SOLID_STYLE])
+        similarity = (ours @ everything.T).argsort(dim=1, descending=True)
+        ranks = (similarity == self.icons.rows(names)[:, None]).int().argmax(1) + 1
+        scorer = Scorer.shipped()
+        return {
+            "similarity_to_true": (ours * true).sum(1).mean().item(),
+            "retrieved_top_1": (ranks == 1).float().mean().item(),
+            "retrieved_top_10": (ranks <= 10).float().mean().item(),
+            "nearest_training_picture": (ours @ concept.T).amax(1).mean().item(),
+            "scorer_3d": scorer(drawn, [styled_text(name, SOLID_STYLE) for name in names]).mean().item(),
+            "flat_kept": (features(flat_drawn) * features(of_base)).sum(1).mean().item(),
+        }

@@ -1,0 +1,67 @@
+"""What is trained: every method at some strengths and learning rates, chosen on validation names."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Configuration", "candidates"]
+
+RATES = (5e-4, 1e-3, 2e-3)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One training, but for its seed.
+
+    Arguments:
+        settings: the method's own flags.
+    """
+
+    method: str
+    learning_rate: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        own = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.method}, lr {self.learning_rate:g}" + (f", {own}" if own else "")
+
+    @property
+    def key(self) -> str:
+        """For looking a result up."""
+        return str(self)
+
+    @property
+    def slug(self) -> str:
+        """For a file's name: "flat-lora-lr-0.001-sigma-0.3"."""
+        return str(self).replace(", ", "-").replace(" ", "-")
+
+
+STRENGTHS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{}],
+    "bilora": [{"rho": 0.05}, {}, {"rho": 2.0}],
+    "bilora-fresh": [{}, {"ascent_share": 0.5}, {"rho": 1.0}],
+    "dual-lora": [{}],
+    "flat-lora": [
+        {"sigma": 0.1},
+        {"sigma": 0.3, "sigma_schedule": "constant"},
+        {"sigma": 0.5, "sigma_schedule": "constant"},
+    ],
+    "rwp-lora": [{"sigma": 0.1}, {"sigma": 0.5}],
+    "lora-sam": [{"rho": 0.05}, {"rho": 0.2}, {"rho": 0.5}],
+    "looksam": [{"rho": 0.2}],
+    "s2-sam": [{"rho": 0.05}, {"rho": 0.2}],
+    "eflat-lora": [{"rho": 0.01}, {"rho": 0.05}],
+    "obar": [{"bar_strength": 2.0}],
+    "nbar": [{"bar_strength": 2.0}],
+}
+"""At each method's own flags; `rwp-full` is flat-lora with a constant schedule."""
+
+
+def candidates(methods: list[str] | None = None) -> Iterator[Configuration]:
+    """All of them, or those of some methods."""
+    for method, strengths in STRENGTHS.items():
+        if methods and method not in methods:
+            continue
+        for settings in strengths:
+            for rate in RATES:
+                yield Configuration(method, rate, settings)

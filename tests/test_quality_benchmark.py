@@ -1,0 +1,74 @@
+"""The quality benchmark's choice and table, from made-up runs, and one real run of two steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import laboratory
+from benchmarks.quality.plan import Configuration, candidates
+from benchmarks.quality.report import chosen, report
+from bilora_diffusion.config import METHOD_NAMES
+
+
+def write(folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], pictures: float = 0.0):
+    run = {
+        "method": configuration.method,
+        "learning_rate": configuration.learning_rate,
+        "settings": configuration.settings,
+        "key": configuration.key,
+        "seed": seed,
+        "evaluations": {
+            step: {"validation": loss, "test": loss + 0.01, "training": 0.1, "flat": 0.05}
+            for step, loss in losses.items()
+        },
+        "loss_gaps": [0.002] if configuration.method != "lora" else [],
+        "training_losses": [0.1] * 10,
+        "seconds": 1.0 if configuration.method == "lora" else 1.5,
+        "pictures": dict.fromkeys(
+            ("similarity_to_true", "retrieved_top_10", "nearest_training_picture", "flat_kept"), pictures
+        ),
+    }
+    (folder / f"{configuration.slug}-seed{seed}.json").write_text(json.dumps(run))
+
+
+def test_every_method_is_a_candidate():
+    assert {one.method for one in candidates()} == set(METHOD_NAMES) - {"rwp-full"}
+    slugs = [one.slug for one in candidates()]
+    assert len(set(slugs)) == len(slugs)
+
+
+def test_the_choice_is_by_the_validation_names_at_the_best_step(tmp_path: Path):
+    slow, fast = (Configuration("lora", rate) for rate in (1e-4, 1e-3))
+    write(tmp_path, slow, 0, {100: 0.30, 200: 0.25})
+    write(tmp_path, fast, 0, {100: 0.20, 200: 0.40})
+    assert chosen(tmp_path) == {"lora": fast}
+
+
+def test_differences_are_paired(tmp_path: Path):
+    """LoRA differs between the seeds by far more than the other method from it, and the interval is narrow."""
+    lora, flat = Configuration("lora", 1e-3), Configuration("flat-lora", 1e-3, {"sigma": 0.3})
+    for seed, level in ((0, 0.2), (1, 0.1), (2, 0.2), (3, 0.3)):
+        write(tmp_path, lora, seed, {100: level}, 0.5)
+        write(tmp_path, flat, seed, {100: level - 0.002}, 0.6)
+    lines = report(tmp_path).splitlines()
+    (row,) = (line for line in lines if line.startswith("| flat-lora") and "x 1.50" in line)
+    assert "-20 +- 0" in row and "+0.100 +- 0.000" in row
+    (own,) = (line for line in lines if line.startswith("| lora") and "x 1.00" in line)
+    assert "0.2100" in own and "0.500" in own
+
+
+def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(laboratory, "STEPS", 2)
+    monkeypatch.setattr(laboratory, "EVALUATED_AT", (1, 2))
+    monkeypatch.setattr(laboratory, "PICTURES", 2)
+    laboratory_ = laboratory.Laboratory()
+    laboratory_.evaluations = {name: batches[:1] for name, batches in laboratory_.evaluations.items()}
+    one = laboratory_.train(Configuration("lora", 1e-3), 1, pictures=True)
+    other = laboratory_.train(Configuration("flat-lora", 1e-3, {"sigma": 0.3, "sigma_schedule": "constant"}), 1)
+    assert one["training_losses"][0] != other["training_losses"][0]
+    assert set(one["evaluations"][1]) == {"validation", "test", "training", "flat"}
+    assert one["evaluations"][1] != one["evaluations"][2]
+    assert -2 <= one["pictures"]["similarity_to_true"] <= 2 and 0 <= one["pictures"]["retrieved_top_10"] <= 1
+    again = laboratory_.train(Configuration("lora", 1e-3), 1)
+    assert again["training_losses"] == one["training_losses"] and again["evaluations"] == one["evaluations"]
