@@ -672,7 +672,10 @@ class TrainingConfig:
 
     def warnings(self) -> list[str]:
         """What is allowed but hardly meant, one line each, to be shown once by the main process."""
-        unread = [name for name, methods in FLAGS_OF_METHODS.items() if self.method not in methods]
+        # Not of lora: it is what every other configuration is compared with, by this one flag.
+        unread = [
+            name for name, methods in FLAGS_OF_METHODS.items() if self.method not in methods and self.method != "lora"
+        ]
         return [
             *(
                 f"--{name} has no effect with --method {self.method}"
