@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--count", type=int, default=1, help="pictures a prompt, from different noise")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is none")
+    parser.add_argument("--guidance_scale", type=float, default=2.5, help="1 is none")
     arguments = parser.parse_args(argv)
     try:
         for flag in ("count", "steps"):

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     building.add_argument("--threads", type=int, help="of torch, on a CPU")
     checking = commands.add_parser("check", help="draw the check list and look each picture up among all icons")
     checking.add_argument("--base", default=EMBEDDED, help="embedded, or the folder of one that `build` made")
-    checking.add_argument("--style", default="noto", help="noto or twemoji")
+    checking.add_argument("--style", default="noto", help="noto, twemoji or fluent")
     checking.add_argument("--seed", type=int, default=0)
     checking.add_argument("--steps", type=int, default=20, help="denoising steps")
     checking.add_argument("--output_dir", type=Path, default=Path("outputs/embedded"), help="for figures and sheet")

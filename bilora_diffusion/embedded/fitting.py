@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from bilora_diffusion.atomic import atomic_write
 from bilora_diffusion.errors import UserError
 
-__all__ = ["FitSettings", "fit", "load_averages"]
+__all__ = ["FitSettings", "fit", "how_trained", "load_averages"]
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,27 @@ def load_averages(models: Mapping[str, nn.Module], path: Path) -> dict[str, obje
     """Puts a checkpoint's averaged weights into `models`, frozen and in evaluation mode.
 
     Returns:
-        How they were made: settings, steps, seconds, the probe's losses as (step, loss, seconds so far).
+        `how_trained` they were.
     """
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `python -m bilora_diffusion.embedded build` first")
-    saved = torch.load(path, map_location="cpu")
+    saved = _saved(path)
     for name, model in models.items():
         model.load_state_dict(saved["averages"][name])
         model.requires_grad_(False).eval()
+    return _how(saved)
+
+
+def how_trained(path: Path) -> dict[str, object]:
+    """Of a checkpoint: settings, steps, seconds, the probe's losses as (step, loss, seconds so far)."""
+    return _how(_saved(path))
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `python -m bilora_diffusion.embedded build` first")
+    return torch.load(path, map_location="cpu")
+
+
+def _how(saved: dict[str, Any]) -> dict[str, object]:
     return {
         "settings": saved["settings"],
         "steps": saved["step"],

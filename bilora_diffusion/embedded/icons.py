@@ -1,4 +1,4 @@
-"""Emoji in three styles, by name: two flat ones for the base to know, a 3D one for LoRAs to learn.
+"""Emoji in four styles, by name: three flat ones for the base to know, a 3D one for LoRAs to learn.
 
 Every 3D icon has flat twins of the same name, so a base that knows the flat ones knows each name: what a LoRA has to
 learn from 23 3D icons is the style, and the other 3D icons tell whether it learned more than those 23.
@@ -14,6 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from bilora_diffusion.embedded.lists import draw_lists
 from bilora_diffusion.errors import UserError
 
 __all__ = [
+    "FIRST_STYLES",
     "FLAT_STYLES",
     "SIZE_PX",
     "SOLID_STYLE",
@@ -45,13 +47,16 @@ __all__ = [
 
 SIZE_PX = 64
 CONCEPT_SIZE_PX = 128  # shown to people too; the trainer makes 64 of it
-FLAT_STYLES = ("noto", "twemoji")
+FLAT_STYLES = ("noto", "twemoji", "fluent")
+FIRST_STYLES = FLAT_STYLES[:2]
+"""What the names are learned with, and what the latent space and the VAE are made for."""
 SOLID_STYLE = "fluent-3d"
 STYLES = (*FLAT_STYLES, SOLID_STYLE)
 SHEET_COLUMNS = 23  # 506 = 22 x 23
 
 NOTO_PACKAGE = ("emoji-datasource-google", "16.0.0")
 TWEMOJI_PACKAGE = ("emoji-datasource-twitter", "16.0.0")
+FLUENT_PACKAGE = ("@iconify-json/fluent-emoji-flat", "1.2.6")
 SOLID_PACKAGE = ("@lobehub/fluent-emoji-3d", "1.1.0")
 NAMES_PACKAGE = ("unicode-emoji-json", "0.9.0")
 
@@ -116,9 +121,13 @@ class Icons:
 
     @property
     def sha256(self) -> str:
-        """Of the names and the pixels."""
+        """Of the names and all pixels."""
+        return self.sha256_of(STYLES)
+
+    def sha256_of(self, styles: Sequence[str]) -> str:
+        """Of the names and the pixels of some styles."""
         digest = hashlib.sha256("\n".join(self.names).encode())
-        for style in STYLES:
+        for style in styles:
             digest.update(self.pixels[style].numpy().tobytes())
         return digest.hexdigest()
 
@@ -180,6 +189,7 @@ def prepare(folder: Path) -> Path:
         "twemoji": _pictures(
             fetch_package(*TWEMOJI_PACKAGE, folder), {f"package/img/twitter/64/{code}.png": code for code in entries}
         ),
+        "fluent": _drawings(fetch_package(*FLUENT_PACKAGE, folder), list(entries)),
         SOLID_STYLE: _pictures(
             fetch_package(*SOLID_PACKAGE, folder), {f"package/assets/{code}.webp": code for code in entries}
         ),
@@ -266,4 +276,24 @@ def _pictures(archive_path: Path, wanted: dict[str, str], size: int = SIZE_PX) -
             if member.name in wanted:
                 with Image.open(io.BytesIO(archive.extractfile(member).read())) as picture:
                     pictures[wanted[member.name]] = np.asarray(on_white(picture, size)).transpose(2, 0, 1)
+    return pictures
+
+
+def _drawings(archive_path: Path, codes: list[str]) -> dict[str, np.ndarray]:
+    """As `_pictures`, from one of Iconify's packages: all icons as vector drawings in one file."""
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError:
+        raise UserError("preparing the icons needs resvg-py: `pip install bilora-diffusion[embedded]`") from None
+    with tarfile.open(archive_path) as archive:
+        drawings = json.load(archive.extractfile("package/icons.json"))
+        keys = json.load(archive.extractfile("package/chars.json"))
+    pictures = {}
+    for code in codes:
+        drawing = drawings["icons"].get(keys.get(code) or keys.get(code.replace("-fe0f", "")))
+        if drawing:
+            box = f"0 0 {drawings['width']} {drawings['height']}"
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{drawing["body"]}</svg>'
+            with Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg, width=4 * SIZE_PX)))) as picture:
+                pictures[code] = np.asarray(on_white(picture)).transpose(2, 0, 1)
     return pictures

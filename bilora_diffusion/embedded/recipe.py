@@ -14,10 +14,16 @@ from bilora_diffusion.atomic import atomic_write, write_text_atomically
 from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.embedded.architecture import build_denoiser, build_vae
 from bilora_diffusion.embedded.check import contact_sheet, draw, features, retrieve
-from bilora_diffusion.embedded.denoiser import DenoiserSettings, latent_space, train_denoiser
+from bilora_diffusion.embedded.denoiser import (
+    DenoiserSettings,
+    StyleSettings,
+    latent_space,
+    train_denoiser,
+    train_styles,
+)
 from bilora_diffusion.embedded.export import export_base, export_concept, export_icons, export_scorer
-from bilora_diffusion.embedded.fitting import load_averages
-from bilora_diffusion.embedded.icons import FLAT_STYLES, SOLID_STYLE, Icons, concept_pictures, prepare
+from bilora_diffusion.embedded.fitting import how_trained, load_averages
+from bilora_diffusion.embedded.icons import FIRST_STYLES, FLAT_STYLES, SOLID_STYLE, Icons, concept_pictures, prepare
 from bilora_diffusion.embedded.lists import draw_lists
 from bilora_diffusion.embedded.scorer import (
     Scorer,
@@ -42,6 +48,7 @@ class Recipe:
     """Everything that decides what is built."""
 
     denoiser: DenoiserSettings = field(default_factory=DenoiserSettings)
+    styles: StyleSettings = field(default_factory=StyleSettings)
     vae: VaeSettings = field(default_factory=VaeSettings)
     scorer: ScorerSettings = field(default_factory=ScorerSettings)
 
@@ -65,9 +72,10 @@ def build(recipe: Recipe, work: Path, target: Path, device: torch.device, log: C
     log(f"{len(icons.names)} icons in {len(icons.pixels)} styles, sha256 {icons.sha256[:12]}")
     space = latent_space(icons)
     solid = icons.style(SOLID_STYLE)
-    seen = torch.cat([*(icons.style(style) for style in FLAT_STYLES), solid[icons.rows(lists["scorer"])]])
+    seen = torch.cat([*(icons.style(style) for style in FIRST_STYLES), solid[icons.rows(lists["scorer"])]])
     train_vae(seen, space, recipe.vae, work / "vae.pt", device, log)
     train_denoiser(icons, recipe.denoiser, work / "denoiser.pt", device, log)
+    train_styles(icons, recipe.styles, work / "denoiser.pt", work / "styles.pt", device, log)
     train_scorer(icons, lists["scorer"], recipe.scorer, work / "scorer.pt", device, log)
 
     vae, models = build_vae(0), build_denoiser(len(tokenizers(icons.names, FLAT_STYLES)[0]), 0)
@@ -75,7 +83,8 @@ def build(recipe: Recipe, work: Path, target: Path, device: torch.device, log: C
     scorer = Scorer(build_scorer(len(tokenizer), 0), tokenizer)
     made = {
         "vae": load_averages({"vae": vae}, work / "vae.pt"),
-        "denoiser": load_averages(models, work / "denoiser.pt"),
+        "denoiser": how_trained(work / "denoiser.pt"),
+        "styles": load_averages(models, work / "styles.pt"),
         "scorer": load_averages({"scorer": scorer.model}, work / "scorer.pt"),
     }
     unseen = lists["validation"] + lists["test"]

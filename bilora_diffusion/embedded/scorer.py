@@ -35,7 +35,7 @@ __all__ = [
     "train_scorer",
 ]
 
-STYLE_WORDS = dict(zip(STYLES, ("noto", "twemoji", "3d"), strict=True))
+STYLE_WORDS = dict(zip(STYLES, ("noto", "twemoji", "fluent", "3d"), strict=True))
 
 
 @dataclass(frozen=True)
