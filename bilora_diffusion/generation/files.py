@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import show
@@ -18,6 +18,7 @@ SUFFIX = ".safetensors"
 MOST_FILE_BYTES = 2 * 2**30
 """SDXL at rank 128 with every layer and both text encoders stays below this."""
 MOST_LISTED = 500
+AUXILIARY_FILE = "auxiliary.safetensors"  # of a checkpoint: no LoRA to draw with
 MOST_DEPTH = 6
 
 
@@ -30,7 +31,7 @@ class LoraFiles:
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.folders = dict(folders)
-        self._described: dict[Path, tuple[tuple[int, int], LoraDescription | None]] = {}
+        self._described: dict[Path, tuple[tuple[int, int], LoraDescription | UserError]] = {}
         self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
@@ -59,16 +60,30 @@ class LoraFiles:
         return path
 
     def describe(self, name: str) -> LoraDescription:
-        """What a file says of itself.
+        """What a file says of itself; its header is read once, until the file changes.
 
         Raises:
             UserError: it may not be opened, is damaged, or is no LoRA.
         """
-        return describe(self.path(name), name)
+        path = self.path(name)
+        status = path.stat()
+        stamp = (status.st_mtime_ns, status.st_size)
+        with self._lock:
+            known = self._described.get(path)
+        if known is None or known[0] != stamp:
+            try:
+                known = (stamp, describe(path, name))
+            except UserError as error:
+                known = (stamp, error)
+            with self._lock:
+                self._described[path] = known
+        if isinstance(known[1], UserError):
+            raise UserError(str(known[1]))
+        return known[1]
 
     def names(self) -> list[str]:
         """All LoRA files, the newest first. What is no LoRA (a base's weights, a damaged file) is left out."""
-        found = [(path.stat().st_mtime, name) for name, path in self._candidates() if self._is_lora(path, name)]
+        found = [(path.stat().st_mtime, name) for name, path in self._candidates() if self._is_lora(name)]
         return [name for _, name in sorted(found, key=lambda one: (-one[0], one[1]))]
 
     def add(self, start: str, source: Path, shown_name: str) -> str:
@@ -114,18 +129,9 @@ class LoraFiles:
                         count += 1
                         yield name, path
 
-    def _is_lora(self, path: Path, name: str) -> bool:
-        """Reads a header once; the answer holds until the file changes."""
-        status = path.stat()
-        stamp = (status.st_mtime_ns, status.st_size)
-        with self._lock:
-            known = self._described.get(path)
-        if known is None or known[0] != stamp:
-            try:
-                description = describe(path, name)
-            except UserError:
-                description = None
-            known = (stamp, description)
-            with self._lock:
-                self._described[path] = known
-        return known[1] is not None
+    def _is_lora(self, name: str) -> bool:
+        try:
+            self.describe(name)
+        except UserError:
+            return False
+        return PurePosixPath(name).name != AUXILIARY_FILE

@@ -1,0 +1,28 @@
+"""The whole page."""
+
+import gradio as gr
+
+from app.api import add_api
+from app.compare_tab import CompareTab
+from app.generate_tab import GenerateTab
+from app.services import Services
+
+__all__ = ["build"]
+
+KEPT_SECONDS = 6 * 3600
+MOST_AT_ONCE = 20
+
+
+def build(services: Services) -> gr.Blocks:
+    """The app around its services, ready to be launched."""
+    with gr.Blocks(
+        title="Bi-LoRA Diffusion", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS), fill_width=True
+    ) as blocks:
+        gr.Markdown("# Bi-LoRA Diffusion")
+        with gr.Tabs():
+            with gr.Tab("Generate", id="generate"):
+                GenerateTab(services)
+            with gr.Tab("Compare", id="compare"):
+                CompareTab(services)
+        add_api(services)
+    return blocks.queue(default_concurrency_limit=MOST_AT_ONCE)

@@ -1,0 +1,51 @@
+"""How the app looks, in light and dark: no font and no script from elsewhere, as it must work offline."""
+
+import gradio as gr
+
+__all__ = ["CSS", "HEAD", "theme"]
+
+CSS = """
+.gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+.status { padding: 0.5rem 0.75rem; border-radius: 8px; background: var(--background-fill-secondary);
+  color: var(--body-text-color); overflow-wrap: anywhere; }
+.status.error { background: #b42318; color: #fff; }
+.bar { height: 6px; border-radius: 3px; margin: 0.5rem 0; background: var(--border-color-primary); overflow: hidden; }
+.bar > div { height: 100%; background: var(--color-accent); transition: width 0.15s; }
+.forming { width: 256px; max-width: 100%; border-radius: 8px; display: block; margin: 0.5rem auto; }
+.quiet { color: var(--body-text-color-subdued); }
+.comparison { overflow-x: auto; }
+.comparison table { border-collapse: collapse; width: 100%; table-layout: fixed; min-width: 520px; }
+.comparison th { text-align: left; padding: 0.4rem; color: var(--body-text-color); }
+.comparison th.row-label { font-weight: 400; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.comparison td { padding: 0.25rem 0.4rem; vertical-align: top; }
+.comparison img { width: 100%; border-radius: 8px; display: block; }
+.facts, .numbers { display: grid; grid-template-columns: minmax(4.5rem, auto) 1fr; gap: 0.15rem 0.6rem;
+  font-size: 0.8rem; margin: 0.4rem 0; }
+.facts dt, .numbers dt { color: var(--body-text-color-subdued); }
+.numbers { grid-template-columns: 1fr auto; }
+.facts dd, .numbers dd { margin: 0; overflow-wrap: anywhere; color: var(--body-text-color); }
+.meanings { font-size: 0.8rem; color: var(--body-text-color-subdued); margin: 0.5rem 0 0 1rem; list-style: disc; }
+.log textarea { font-family: ui-monospace, Consolas, monospace !important; font-size: 0.8rem !important; }
+footer { display: none !important; }
+"""
+
+HEAD = """
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<script>
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+  const button = [...document.querySelectorAll("#generate-button, #compare-button")]
+    .find((one) => one.offsetParent !== null);
+  if (button) { event.preventDefault(); document.activeElement.blur(); setTimeout(() => button.click(), 50); }
+}, true);
+</script>
+"""
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's default with the system's own fonts."""
+    return gr.themes.Default(
+        primary_hue="indigo",
+        font=("ui-sans-serif", "system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "Consolas", "monospace"),
+    )
