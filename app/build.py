@@ -18,11 +18,11 @@ def build(services: Services) -> gr.Blocks:
     with gr.Blocks(
         title="Bi-LoRA Diffusion", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS), fill_width=True
     ) as blocks:
+        add_api(services)  # first: the names are taken in the order of the functions
         gr.Markdown("# Bi-LoRA Diffusion")
         with gr.Tabs():
             with gr.Tab("Generate", id="generate"):
                 GenerateTab(services)
             with gr.Tab("Compare", id="compare"):
                 CompareTab(services)
-        add_api(services)
     return blocks.queue(default_concurrency_limit=MOST_AT_ONCE)
