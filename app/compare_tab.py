@@ -30,7 +30,7 @@ FIRST_CHOICES = (("base (no LoRA)", ""), ("no column", NO_COLUMN))
 NO_SWEEP = "nothing"
 SHARED = ("negative_prompt", "base", "steps", "guidance_scale", "width", "height", "scheduler")
 START = "Each row has one prompt and one seed: its pictures differ in the weights alone."
-SLIDER_PX = 768
+SLIDER_PX = 512
 """Pictures are shown at least this large between the slider's halves."""
 
 
@@ -99,7 +99,7 @@ class CompareTab:
         self.status = gr.HTML(markup.note(START), elem_id="compare-status")
         self.table = gr.HTML(elem_id="comparison")
         self.result = gr.State(None)
-        with gr.Group(visible=False) as self.after:
+        with gr.Column(visible=False) as self.after:
             with gr.Row():
                 self.row = gr.Dropdown([], label="Row", type="index", min_width=140)
                 self.left = gr.Dropdown([], label="Left", type="index", min_width=120)
@@ -110,7 +110,7 @@ class CompareTab:
                 type="pil",
                 elem_id="slider",
                 interactive=False,
-                max_height=SLIDER_PX,
+                max_height=SLIDER_PX + 40,
             )
             with gr.Row():
                 self.grid_file = gr.DownloadButton("Download the table as PNG", size="sm", elem_id="download-png")

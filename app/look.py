@@ -12,19 +12,21 @@ CSS = """
 .bar { height: 6px; border-radius: 3px; margin: 0.5rem 0; background: var(--border-color-primary); overflow: hidden; }
 .bar > div { height: 100%; background: var(--color-accent); transition: width 0.15s; }
 .forming { width: 256px; max-width: 100%; border-radius: 8px; display: block; margin: 0.5rem auto; }
-.quiet { color: var(--body-text-color-subdued); }
+.quiet { color: var(--body-text-color); opacity: 0.75; }
 .comparison { overflow-x: auto; }
 .comparison table { border-collapse: collapse; width: 100%; table-layout: fixed; min-width: 520px; }
+.comparison table, .comparison tr, .comparison th, .comparison td { border: none !important; }
 .comparison th { text-align: left; padding: 0.4rem; color: var(--body-text-color); }
-.comparison th.row-label { font-weight: 400; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.comparison th.row-label { font-weight: 400; opacity: 0.75; padding-top: 0.8rem; overflow-wrap: anywhere; }
 .comparison td { padding: 0.25rem 0.4rem; vertical-align: top; }
 .comparison img { width: 100%; border-radius: 8px; display: block; }
 .facts, .numbers { display: grid; grid-template-columns: minmax(4.5rem, auto) 1fr; gap: 0.15rem 0.6rem;
   font-size: 0.8rem; margin: 0.4rem 0; }
-.facts dt, .numbers dt { color: var(--body-text-color-subdued); }
+.facts dt, .numbers dt { color: var(--body-text-color); opacity: 0.7; }
 .numbers { grid-template-columns: 1fr auto; }
 .facts dd, .numbers dd { margin: 0; overflow-wrap: anywhere; color: var(--body-text-color); }
-.meanings { font-size: 0.8rem; color: var(--body-text-color-subdued); margin: 0.5rem 0 0 1rem; list-style: disc; }
+.meanings { font-size: 0.8rem; color: var(--body-text-color); opacity: 0.8; margin: 0.5rem 0 0 1rem; list-style: disc; }
+#slider { max-width: 560px; }
 .log textarea { font-family: ui-monospace, Consolas, monospace !important; font-size: 0.8rem !important; }
 footer { display: none !important; }
 """
