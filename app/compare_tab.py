@@ -82,13 +82,8 @@ class CompareTab:
         with gr.Accordion("Settings", open=False):
             fields["negative_prompt"] = gr.Textbox("", label="Negative prompt")
             fields["base"] = gr.Dropdown(self.services.bases, value=self.services.bases[0], label="Base")
-            with gr.Row():
-                fields["steps"] = gr.Slider(
-                    1, 150, FIELDS["steps"].default, step=1, label="Steps", min_width=170, elem_id="compare-steps"
-                )
-                fields["guidance_scale"] = gr.Slider(
-                    0, 30, FIELDS["guidance_scale"].default, step=0.5, label="Guidance", min_width=170
-                )
+            fields["steps"] = gr.Slider(1, 150, FIELDS["steps"].default, step=1, label="Steps", elem_id="compare-steps")
+            fields["guidance_scale"] = gr.Slider(0, 30, FIELDS["guidance_scale"].default, step=0.5, label="Guidance")
             with gr.Row():
                 fields["width"] = gr.Number(0, label="Width (px)", info="0: the base's", min_width=90)
                 fields["height"] = gr.Number(0, label="Height (px)", info="0: the base's", min_width=90)
@@ -101,7 +96,7 @@ class CompareTab:
         self.result = gr.State(None)
         with gr.Column(visible=False) as self.after:
             with gr.Row():
-                self.row = gr.Dropdown([], label="Row", type="index", min_width=140)
+                self.row = gr.Dropdown([], label="Row", type="index", min_width=220, scale=2)
                 self.left = gr.Dropdown([], label="Left", type="index", min_width=120)
                 self.right = gr.Dropdown([], label="Right", type="index", min_width=120)
             self.slider = gr.ImageSlider(

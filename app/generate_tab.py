@@ -58,11 +58,11 @@ class GenerateTab:
         self.slots = [lora_slot(services, "LoRA")]
         with gr.Accordion("More LoRAs", open=False):
             self.slots += [lora_slot(services, f"LoRA {number}") for number in range(2, SLOTS + 1)]
-            with gr.Row():
-                self.upload = gr.UploadButton(
-                    "Upload a LoRA", file_types=[".safetensors"], size="sm", elem_id="upload", min_width=120
-                )
-                self.refresh = gr.Button("Refresh the lists", size="sm", min_width=120)
+        with gr.Row():
+            self.upload = gr.UploadButton(
+                "Upload a LoRA", file_types=[".safetensors"], size="sm", elem_id="upload", min_width=120
+            )
+            self.refresh = gr.Button("Refresh the lists", size="sm", min_width=120)
         self._lay_out_settings()
         with gr.Row():
             self.start = gr.Button("Generate", variant="primary", elem_id="generate-button", min_width=120)
@@ -71,23 +71,16 @@ class GenerateTab:
     def _lay_out_settings(self) -> None:
         fields = self.fields
         with gr.Accordion("Settings", open=True):
-            with gr.Row():
-                fields["steps"] = gr.Slider(
-                    1, 150, FIELDS["steps"].default, step=1, label="Steps", min_width=170, elem_id="steps"
-                )
-                fields["guidance_scale"] = gr.Slider(
-                    0, 30, FIELDS["guidance_scale"].default, step=0.5, label="Guidance", min_width=170
-                )
-            with gr.Row():
-                fields["width"] = gr.Number(0, label="Width (px)", info="0: the base's", min_width=90)
-                fields["height"] = gr.Number(0, label="Height (px)", info="0: the base's", min_width=90)
-                fields["scheduler"] = gr.Dropdown(
-                    list(SCHEDULERS), value=FIELDS["scheduler"].default, label="Scheduler", min_width=150
-                )
+            fields["steps"] = gr.Slider(1, 150, FIELDS["steps"].default, step=1, label="Steps", elem_id="steps")
+            fields["guidance_scale"] = gr.Slider(0, 30, FIELDS["guidance_scale"].default, step=0.5, label="Guidance")
             with gr.Row(equal_height=True):
-                fields["seed"] = gr.Number(0, label="Seed", min_width=90, elem_id="seed")
-                self.dice = gr.Button("Random seed", size="sm", min_width=110, elem_id="dice")
-                fields["pictures"] = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures", min_width=170)
+                fields["seed"] = gr.Number(0, label="Seed", min_width=120, elem_id="seed")
+                self.dice = gr.Button("Random seed", size="sm", min_width=120, elem_id="dice")
+            fields["pictures"] = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures", elem_id="pictures")
+            with gr.Row():
+                fields["width"] = gr.Number(0, label="Width (px)", info="0: the base's", min_width=120)
+                fields["height"] = gr.Number(0, label="Height (px)", info="0: the base's", min_width=120)
+            fields["scheduler"] = gr.Dropdown(list(SCHEDULERS), value=FIELDS["scheduler"].default, label="Scheduler")
 
     def _lay_out_results(self) -> None:
         self.status = gr.HTML(markup.note("Write a prompt and press Generate, or Ctrl-Enter."), elem_id="status")

@@ -13,7 +13,7 @@ CSS = """
 .bar > div { height: 100%; background: var(--color-accent); transition: width 0.15s; }
 .forming { width: 256px; max-width: 100%; border-radius: 8px; display: block; margin: 0.5rem auto; }
 .quiet { color: var(--body-text-color); opacity: 0.75; }
-.comparison { overflow-x: auto; }
+.comparison { overflow-x: auto; max-width: calc(100vw - 3rem); }
 .comparison table { border-collapse: collapse; width: 100%; table-layout: fixed; min-width: 520px; }
 .comparison table, .comparison tr, .comparison th, .comparison td { border: none !important; }
 .comparison th { text-align: left; padding: 0.4rem; color: var(--body-text-color); }
@@ -27,6 +27,11 @@ CSS = """
 .facts dd, .numbers dd { margin: 0; overflow-wrap: anywhere; color: var(--body-text-color); }
 .meanings { font-size: 0.8rem; color: var(--body-text-color); opacity: 0.8; margin: 0.5rem 0 0 1rem; list-style: disc; }
 #slider { max-width: 560px; }
+@media (max-width: 640px) {
+  .comparison table { min-width: 480px; }
+  .facts { grid-template-columns: 1fr; }
+  .facts dd { margin-bottom: 0.3rem; }
+}
 .log textarea { font-family: ui-monospace, Consolas, monospace !important; font-size: 0.8rem !important; }
 footer { display: none !important; }
 """
@@ -39,6 +44,13 @@ document.addEventListener("keydown", (event) => {
   const button = [...document.querySelectorAll("#generate-button, #compare-button")]
     .find((one) => one.offsetParent !== null);
   if (button) { event.preventDefault(); document.activeElement.blur(); setTimeout(() => button.click(), 50); }
+}, true);
+document.addEventListener("click", (event) => {
+  // On a phone the answer stands far below the button.
+  const button = event.target.closest?.("#generate-button, #compare-button");
+  if (!button || window.innerWidth > 700) return;
+  const answer = document.querySelector(button.id === "generate-button" ? "#status" : "#compare-status");
+  setTimeout(() => answer?.scrollIntoView({ behavior: "smooth" }), 300);
 }, true);
 </script>
 """

@@ -174,9 +174,12 @@ class Services:
         with self.cancellations.of(session) as cancelled:
             running = follow(lambda tell: work(tell, cancelled), cancelled)
             yield markup.progress(Status("Starting")), None
+            preview = None
             try:
                 while True:
-                    yield markup.progress(next(running)), None
+                    status = next(running)
+                    preview = status.preview or preview  # the last one stays until there is a newer
+                    yield markup.progress(replace(status, preview=preview)), None
             except StopIteration as end:
                 yield "", end.value
             except UserError as error:
