@@ -5,6 +5,7 @@ import gradio as gr
 from app.api import add_api
 from app.compare_tab import CompareTab
 from app.generate_tab import GenerateTab
+from app.runs_tab import RunsTab
 from app.services import Services
 
 __all__ = ["build"]
@@ -20,9 +21,11 @@ def build(services: Services) -> gr.Blocks:
     ) as blocks:
         add_api(services)  # first: the names are taken in the order of the functions
         gr.Markdown("# Bi-LoRA Diffusion")
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                GenerateTab(services)
+                generate = GenerateTab(services)
             with gr.Tab("Compare", id="compare"):
-                CompareTab(services)
+                compare = CompareTab(services)
+            with gr.Tab("Runs", id="runs"):
+                RunsTab(services, tabs, generate, compare)
     return blocks.queue(default_concurrency_limit=MOST_AT_ONCE)

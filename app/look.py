@@ -5,7 +5,10 @@ import gradio as gr
 __all__ = ["CSS", "HEAD", "theme"]
 
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1400px !important; width: 100% !important; margin: 0 auto !important;
+  --block-info-text-color: #5b6472; }
+.dark .gradio-container, .gradio-container.dark { --block-info-text-color: #aab2bf; }
+.gradio-container main { width: 100%; }
 .status { padding: 0.5rem 0.75rem; border-radius: 8px; background: var(--background-fill-secondary);
   color: var(--body-text-color); overflow-wrap: anywhere; }
 .status.error { background: #b42318; color: #fff; }
@@ -13,7 +16,7 @@ CSS = """
 .bar > div { height: 100%; background: var(--color-accent); transition: width 0.15s; }
 .forming { width: 256px; max-width: 100%; border-radius: 8px; display: block; margin: 0.5rem auto; }
 .quiet { color: var(--body-text-color); opacity: 0.75; }
-.comparison { overflow-x: auto; max-width: calc(100vw - 3rem); }
+.comparison { overflow-x: auto; max-width: calc(100vw - 6rem); }
 .comparison table { border-collapse: collapse; width: 100%; table-layout: fixed; min-width: 520px; }
 .comparison table, .comparison tr, .comparison th, .comparison td { border: none !important; }
 .comparison th { text-align: left; padding: 0.4rem; color: var(--body-text-color); }
@@ -32,6 +35,11 @@ CSS = """
   .facts { grid-template-columns: 1fr; }
   .facts dd { margin-bottom: 0.3rem; }
 }
+.plain { overflow-x: auto; max-width: calc(100vw - 6rem); max-height: 320px; overflow-y: auto; }
+.plain table { border-collapse: collapse; width: 100%; font-size: 0.85rem; }
+.plain table, .plain tr, .plain th, .plain td { border: none !important; }
+.plain tbody tr { border-top: 1px solid var(--border-color-primary) !important; }
+.plain th, .plain td { text-align: left; padding: 0.3rem 0.6rem; white-space: nowrap; color: var(--body-text-color); }
 .log textarea { font-family: ui-monospace, Consolas, monospace !important; font-size: 0.8rem !important; }
 footer { display: none !important; }
 """

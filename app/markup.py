@@ -11,7 +11,7 @@ from PIL import Image
 
 from app.running import Status
 
-__all__ = ["comparison_table", "error", "facts_card", "note", "progress"]
+__all__ = ["comparison_table", "error", "facts_card", "note", "progress", "table"]
 
 CELL_PX = 320
 PREVIEW_PX = 256
@@ -85,6 +85,15 @@ def _short(name: str, value: str) -> str:
         except ValueError:
             return value
     return value
+
+
+def table(rows: Sequence[Mapping[str, str]], empty: str) -> str:
+    """Rows of equal names as a table; `empty` where there is none."""
+    if not rows:
+        return f'<p class="quiet">{escape(empty)}</p>'
+    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in rows[0])
+    body = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in row.values())}</tr>" for row in rows)
+    return f'<div class="plain"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def comparison_table(

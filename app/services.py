@@ -196,6 +196,13 @@ class Services:
         """What the LoRA files that can be used say of themselves, the newest first."""
         return [self.files.describe(name).to_json() for name in self.files.names()]
 
+    def name_of(self, path: Path) -> str | None:
+        """The name among the LoRA files of a file on this disk; None if it is below none of the folders."""
+        for start, folder in self.files.folders.items():
+            if path.resolve().is_relative_to(folder):
+                return f"{start}/{path.resolve().relative_to(folder).as_posix()}"
+        return None
+
     def add_upload(self, path: Path, shown_name: str) -> str:
         """Takes an uploaded file over; returns its name. Raises UserError for one that is no LoRA."""
         return self.files.add(UPLOADS, path, shown_name)

@@ -16,6 +16,7 @@ from bilora_diffusion.generation.engine import Engine
 from bilora_diffusion.generation.png import read_settings
 from bilora_diffusion.generation.settings import PictureSettings
 from bilora_diffusion.grid import LABEL_PX, LEAST_SIDE_PX
+from bilora_diffusion.runs import list_runs
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +273,111 @@ def fits(page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     for box in (one.bounding_box() for one in page.locator("button:visible").all()):
         assert box is None or box["x"] + box["width"] <= page.viewport_size["width"] + 1
+
+
+# --- Training runs ---
+
+START = "#run-name textarea, #run-name input"
+
+
+def flag(name: str) -> str:
+    return f"#flag-{name} textarea, #flag-{name} input"
+
+
+@pytest.fixture
+def no_run_left(server: Server) -> Iterator[None]:
+    """Whatever becomes of the test, no training goes on behind it."""
+    yield
+    for run in list_runs(server.outputs):
+        if process := run.process():
+            process.kill()
+
+
+def test_a_run_is_started_watched_stopped_and_opened(server: Server, browser: Callable, no_run_left: None) -> None:
+    """Closing the browser does not stop it; its LoRA can be used at once."""
+    page = browser(server.url)
+    page.get_by_role("tab", name="Runs").click()
+    page.get_by_role("button", name="Start a run").click()
+    for group in ("Training", "Method", "Previews"):
+        page.get_by_role("button", name=re.compile(f"^{group}")).click()
+    page.fill(START, "from the browser")
+    page.fill(flag("max_train_steps"), "100000")
+    page.fill(flag("train_batch_size"), "1")
+    page.fill(flag("rank"), "0")
+    page.click("#start-run")
+    wait_for(page, "#start-answer", "cannot be a run's")
+    page.fill(START, "from_the_browser")
+    page.click("#start-run")
+    wait_for(page, "#start-answer", "--rank is 0")
+    page.fill(flag("rank"), "2")
+    page.fill(flag("validation_prompt"), PROMPT)
+    page.fill(flag("validation_steps"), "5")
+    page.fill(flag("num_validation_images"), "1")
+    page.click("#start-run")
+    wait_for(page, "#start-answer", "is started")
+    wait_for(page, "#runs-table", "from_the_browser")
+    page.context.close()
+
+    page = browser(server.url)
+    page.set_default_timeout(90_000)
+    page.get_by_role("tab", name="Runs").click()
+    wait_for(page, "#run-status", "from_the_browser: running, step")
+    wait_for(page, "#previews", "step 0000")
+    log = page.input_value("#run-log textarea")
+    assert "bilora:" in log and "/100000" in log
+    screenshot(page, "runs_live")
+    page.click("#stop-run")
+    wait_for(page, "#run-answer", "Stopping")
+    wait_for(page, "#run-status", "from_the_browser: interrupted")
+    page.wait_for_function("document.querySelector('#run-file input')?.value")
+    page.click("#to-generate")
+    page.locator("#prompt textarea").wait_for()
+    names = "[...document.querySelectorAll('input')].map((one) => one.value).join()"
+    page.wait_for_function(f"{names}.includes('from_the_browser')")
+    generate(page)
+    page.context.close()
+
+
+def test_two_runs_curves_and_a_checkpoint_in_compare(server: Server, browser: Callable) -> None:
+    for name, factor in (("first", 1.0), ("second", 0.5)):
+        folder = server.outputs / name
+        (folder / "checkpoint-50").mkdir(parents=True)
+        lines = [{"step": n, "loss": factor / n, "c_over_rho": min(1, n / 50), "loss_gap": 0.01} for n in range(1, 101)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "state.json").write_text('{"state": "finished", "step": 100, "steps": 100, "pid": 1}')
+        (folder / "config.yaml").write_text("method: bilora")
+        lora = (server.outputs.parent / BOTH).read_bytes()
+        (folder / "checkpoint-50" / "pytorch_lora_weights.safetensors").write_bytes(lora)
+    page = browser(server.url)
+    page.set_default_timeout(20_000)
+    page.get_by_role("tab", name="Runs").click()
+    wait_for(page, "#runs-table", "second")
+    for name in ("first", "second"):
+        if name not in page.inner_text("#runs-chosen"):
+            page.locator("#runs-chosen input").click()
+            page.get_by_role("option", name=name, exact=True).click()
+    page.keyboard.press("Escape")
+    # Three plots, two lines in each, of two colours.
+    lines = "[...document.querySelectorAll('.mark-line path')].map((one) => one.getAttribute('stroke'))"
+    try:
+        page.wait_for_function(f"{lines}.length >= 6 && new Set({lines}).size === 2")
+    finally:
+        screenshot(page, "runs")
+    page.wait_for_function("document.querySelector('#run-file input')?.value === 'checkpoint-50'")
+    page.click("#to-compare")
+    page.locator("#compare-prompts textarea").wait_for()
+    page.fill("#compare-prompts textarea", PROMPT)
+    page.click("#compare-button")
+    wait_for(page, "#compare-status", "Done")
+    wait_for(page, "#comparison", "checkpoint-50")
+    page.context.close()
+
+
+def test_runs_on_a_phone(server: Server, browser: Callable) -> None:
+    page = browser(server.url, PHONE, color_scheme="dark")
+    page.get_by_role("tab", name="Runs").click()
+    page.get_by_role("button", name="Start a run").click()
+    page.wait_for_timeout(500)
+    screenshot(page, "runs_dark_390")
+    fits(page)
+    page.context.close()
