@@ -40,6 +40,15 @@ CSS = """
 .plain table, .plain tr, .plain th, .plain td { border: none !important; }
 .plain tbody tr { border-top: 1px solid var(--border-color-primary) !important; }
 .plain th, .plain td { text-align: left; padding: 0.3rem 0.6rem; white-space: nowrap; color: var(--body-text-color); }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plot { flex: 1 1 280px; min-width: 0; margin: 0; }
+.plot figcaption { font-size: 0.85rem; color: var(--body-text-color); }
+.plot svg { width: 100%; height: auto; display: block; }
+.plot svg text { font-size: 11px; fill: var(--body-text-color); opacity: 0.8; }
+.plot .rule { stroke: var(--border-color-primary); }
+.plot polyline { fill: none; stroke-width: 1.8; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; font-size: 0.8rem; color: var(--body-text-color); }
+.legend i { display: inline-block; width: 0.8rem; height: 0.25rem; margin-right: 0.35rem; vertical-align: middle; }
 .log textarea { font-family: ui-monospace, Consolas, monospace !important; font-size: 0.8rem !important; }
 footer { display: none !important; }
 """

@@ -11,7 +11,7 @@ from PIL import Image
 from app import markup
 from app.choices import lora_choices
 from app.compare_tab import CompareTab
-from app.curves import CURVE_TITLES, curves
+from app.curves import CURVE_TITLES, curves, plot
 from app.form import TrainingForm, presets, words_from
 from app.generate_tab import GenerateTab
 from app.running import Status
@@ -46,22 +46,7 @@ class RunsTab:
                 label="Runs shown (the first is the one below)",
                 elem_id="runs-chosen",
             )
-        with gr.Row():
-            self.plots = {
-                name: gr.LinePlot(
-                    curves([])[name],
-                    x="step",
-                    y="value",
-                    color="run",
-                    title=title,
-                    x_title="step",
-                    y_title=" ",
-                    height=260,
-                    min_width=280,
-                    buttons=[],
-                )
-                for name, title in CURVE_TITLES.items()
-            }
+        self.plots = gr.HTML(elem_id="plots")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(elem_id="run-status")
@@ -100,7 +85,7 @@ class RunsTab:
         shown = [
             self.table,
             self.chosen,
-            *self.plots.values(),
+            self.plots,
             self.status,
             self.log,
             self.file,
@@ -157,7 +142,9 @@ class RunsTab:
     def look(self, chosen: Sequence[str], file: str | None, seen: Any) -> tuple:
         """What has changed since this browser looked last; the rest is left alone, so that no open list closes."""
         runs = {run.name: run for run in list_runs(self.folder)}
-        names, kept = list(runs), [name for name in chosen or [] if name in runs]
+        names = list(runs)
+        # A page that was just opened shows the latest run, whatever was there when the app was started.
+        kept = names[:1] if seen is None else [name for name in chosen or [] if name in runs]
         shown = [runs[name] for name in kept]
         now: dict[str, Any] = {
             "names": names,
@@ -166,13 +153,12 @@ class RunsTab:
             "previews": [str(path) for path in shown[0].previews()] if shown else [],
         }
         new = {name: not seen or seen.get(name) != value for name, value in now.items()}
-        tables = curves(shown) if new["curves"] else {}
         files = self._files_of(shown[0]) if shown and new["files"] else []
         values = [name for _, name in files]
         return (
             self.list_html(),
             gr.update(choices=names, value=kept) if new["names"] else gr.skip(),
-            *(tables[name] if tables else gr.skip() for name in CURVE_TITLES),
+            _plots(shown) if new["curves"] else gr.skip(),
             _status_of(shown[0]) if shown else "",
             shown[0].log() if shown else "",
             gr.update(choices=files, value=file if file in values else next(iter(values), None))
@@ -240,6 +226,12 @@ def _first_preset() -> int:
     """The quickstart, which needs nothing but the package, if it is there."""
     names = [Path(name).stem for name in presets()]
     return names.index("quickstart") if "quickstart" in names else 0
+
+
+def _plots(runs: Sequence[Run]) -> str:
+    names = [run.name for run in runs]
+    plots = (plot(CURVE_TITLES[name], by_run, names) for name, by_run in curves(runs).items())
+    return f'<div class="plots">{"".join(plots)}</div>'
 
 
 def _status_of(run: Run) -> str:

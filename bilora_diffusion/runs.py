@@ -63,7 +63,7 @@ class Run:
         process = self.process()
         state = values.get("state")
         if state is None:
-            state = "starting" if process else "failed"
+            state = "starting" if process else "finished" if (self.path / LORA_FILE).is_file() else "failed"
         elif state in ("running", "finishing") and process is None:
             state = "stopped"
         return {"state": state, "step": values.get("step"), "steps": values.get("steps"), "updated": self.updated()}

@@ -339,7 +339,7 @@ def test_a_run_is_started_watched_stopped_and_opened(server: Server, browser: Ca
 
 
 def test_two_runs_curves_and_a_checkpoint_in_compare(server: Server, browser: Callable) -> None:
-    for name, factor in (("first", 1.0), ("second", 0.5)):
+    for name, factor in (("alpha_run", 1.0), ("beta_run", 0.5)):
         folder = server.outputs / name
         (folder / "checkpoint-50").mkdir(parents=True)
         lines = [{"step": n, "loss": factor / n, "c_over_rho": min(1, n / 50), "loss_gap": 0.01} for n in range(1, 101)]
@@ -351,16 +351,17 @@ def test_two_runs_curves_and_a_checkpoint_in_compare(server: Server, browser: Ca
     page = browser(server.url)
     page.set_default_timeout(20_000)
     page.get_by_role("tab", name="Runs").click()
-    wait_for(page, "#runs-table", "second")
-    for name in ("first", "second"):
+    wait_for(page, "#runs-table", "beta_run")
+    wait_for(page, "#run-status", "finished")
+    for name in ("alpha_run", "beta_run"):
         if name not in page.inner_text("#runs-chosen"):
             page.locator("#runs-chosen input").click()
             page.get_by_role("option", name=name, exact=True).click()
     page.keyboard.press("Escape")
     # Three plots, two lines in each, of two colours.
-    lines = "[...document.querySelectorAll('.mark-line path')].map((one) => one.getAttribute('stroke'))"
+    lines = "[...document.querySelectorAll('#plots polyline')].map((one) => one.getAttribute('stroke'))"
     try:
-        page.wait_for_function(f"{lines}.length >= 6 && new Set({lines}).size === 2")
+        page.wait_for_function(f"{lines}.length === 6 && new Set({lines}).size === 2")
     finally:
         screenshot(page, "runs")
     page.wait_for_function("document.querySelector('#run-file input')?.value === 'checkpoint-50'")

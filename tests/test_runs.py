@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.curves import CURVE_TITLES, curves
+from app.curves import COLOURS, CURVE_TITLES, LEFT, RIGHT, WIDTH, curves, plot
 from app.form import FORM_FLAGS, LEFT_OUT, NO_PRESET, UNSET, words_from
 from bilora_diffusion import checkpoint, run_folder, runs
 from bilora_diffusion.command_line import parse
@@ -103,19 +104,34 @@ def test_curves_leave_out_what_is_broken(tmp_path: Path) -> None:
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": null}\n[1]\nnull\n{"step": "x"}\n{"loss": 1}\n{"step": 5, "lo')
     assert [point["step"] for point in run.curves()] == [1, 2, 3, 4]
-    tables = curves([run, write_run(tmp_path / "b", step=2)])
-    assert set(tables) == set(CURVE_TITLES)
-    assert tables["loss"].groupby("run").size().to_dict() == {"a": 3, "b": 2}
-    assert tables["loss_gap"].to_dict("records") == [
-        {"step": 3, "value": 0.01, "run": "a"},
-        {"step": 2, "value": 0.01, "run": "b"},
-    ]
-    assert all(list(table.columns) == ["step", "value", "run"] for table in curves([]).values())
+    found = curves([run, write_run(tmp_path / "b", step=2)])
+    assert set(found) == set(CURVE_TITLES)
+    assert {name: len(curve) for name, curve in found["loss"].items()} == {"a": 3, "b": 2}
+    assert found["loss_gap"] == {"a": [(3, 0.01)], "b": [(2, 0.01)]}
+    assert all(by_run == {} for by_run in curves([]).values())
 
 
-def test_long_curves_are_thinned(tmp_path: Path) -> None:
-    table = curves([write_run(tmp_path / "a", step=3000)])["loss"]
-    assert 300 <= len(table) <= 400 and table["step"].is_monotonic_increasing and table["step"].iloc[0] == 1
+def test_long_curves_are_smoothed_and_thinned(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", step=3000)
+    curve = curves([run])["loss"]["a"]
+    assert 300 <= len(curve) <= 400 and [step for step, _ in curve] == sorted({step for step, _ in curve})
+    step, value = curve[100]
+    assert value == pytest.approx(sum(1 / n for n in range(int(step) - 149, int(step) + 1)) / 150)
+
+
+def test_a_plot_shows_each_run_in_its_colour() -> None:
+    svg = plot("<b>", {"one": [(1, 0.0), (101, 1.0)], "<two>": [(1, 1.0)]}, ["none", "one", "<two>"])
+    assert "<b>" not in svg and "<two>" not in svg and "&lt;two&gt;" in svg
+    (line,) = re.findall(rf'points="([^"]+ [^"]+)" stroke="{COLOURS[1]}"', svg)
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in line.split())
+    assert (x0, x1) == (LEFT, WIDTH - RIGHT) and y0 > y1
+    assert svg.count("<circle") == 1 and COLOURS[2] in svg and COLOURS[0] not in svg
+    assert "no data" in plot("Loss", {}, [])
+    for low, high in ((0, 1), (0.5, 0.5001), (-3, 7), (1, 100_000), (5, 5)):
+        texts = re.findall(
+            r'text-anchor="(?:end|middle)">([-\d.e+]+)<', plot("", {"a": [(low, low), (high, high)]}, ["a"])
+        )
+        assert 4 <= len(texts) <= 14
 
 
 def test_what_a_run_made(tmp_path: Path) -> None:
