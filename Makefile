@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo app setup test test-slow lint format flags clean
+.PHONY: demo app app-picture setup test test-slow lint format flags clean
 
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -39,6 +39,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+app-picture: setup  ## take the README's picture of the app again, from what `make demo` trained
+	$(BIN)/python tests/readme_picture.py
 
 flags: setup  ## rewrite docs/flags.md from the configuration
 	$(BIN)/python -m bilora_diffusion.command_line > docs/flags.md

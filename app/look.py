@@ -31,8 +31,8 @@ CSS = """
 .meanings { font-size: 0.8rem; color: var(--body-text-color); opacity: 0.8; margin: 0.5rem 0 0 1rem; list-style: disc; }
 #slider { max-width: 560px; }
 @media (max-width: 640px) {
-  .comparison table { min-width: 480px; }
-  .facts { grid-template-columns: 1fr; }
+  .comparison table { min-width: 0; }
+  .facts, .numbers { grid-template-columns: 1fr; font-size: 0.72rem; }
   .facts dd { margin-bottom: 0.3rem; }
 }
 .plain { overflow-x: auto; max-width: calc(100vw - 6rem); max-height: 320px; overflow-y: auto; }
