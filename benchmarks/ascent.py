@@ -151,7 +151,7 @@ class Laboratory:
             rows = self.batch("solid", concept[picked], "training", seed, step)
             micro_batches = [self.micro_batch(trainer.models, rows)]
             if trainer.method.parameters and (step + 1) % GAP_EVERY == 0:
-                gaps.append(measure_loss_gap(trainer.models.values(), micro_batches).gap)
+                gaps.append(measure_loss_gap(trainer.models.values(), trainer.method, micro_batches).gap)
             losses.append(trainer.training_step(micro_batches, step).loss)
             norms += [float(value) for name, value in trainer.method.measures().items() if name == "c_over_rho"]
             if step + 1 in EVALUATED_AT:

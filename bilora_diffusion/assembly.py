@@ -176,16 +176,25 @@ def assemble(
         copy_lora_into(models, initial, config.init_lora_from)
     total_batch = config.train_batch_size * config.gradient_accumulation_steps * machine.processes
     rates = learning_rates(config, list(models), total_batch)
-    method, radius = methods.build(config, models, auxiliary_learning_rates(config, rates), seed)
-    primary = {part: list(parameters_of(model, PRIMARY).values()) for part, model in models.items()}
+    steps = steps_of(len(dataset))
+    method, radius = methods.build(
+        config,
+        models,
+        rates=rates,
+        auxiliary_rates=auxiliary_learning_rates(config, rates),
+        seed=seed,
+        steps=steps,
+    )
+    named = {part: parameters_of(model, PRIMARY) for part, model in models.items()}
+    primary = {part: list(parameters.values()) for part, parameters in named.items()}
     _check_parameters(models, primary, method)
-    optimizer = build_optimizer(config, primary, rates)
+    optimizer = build_optimizer(config, named, rates)
     schedulers = [
         get_scheduler(
             config.lr_scheduler,
             optimizer=one,
             num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=steps_of(len(dataset)),
+            num_training_steps=steps,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
@@ -201,6 +210,7 @@ def assemble(
         compute_dtype=machine.dtype,
         max_grad_norm=config.max_grad_norm,
         seed=seed,
+        ema_decay=config.ema_decay,
     )
     make_batch = BatchMaker(
         objective,

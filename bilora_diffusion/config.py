@@ -28,7 +28,9 @@ from bilora_diffusion.flags import (
 )
 
 __all__ = [
+    "BALL_METHODS",
     "FLAGS",
+    "FLAGS_OF_METHODS",
     "GROUPS",
     "METHOD_NAMES",
     "RIVALS",
@@ -37,7 +39,43 @@ __all__ = [
     "to_yaml",
 ]
 
-METHOD_NAMES = ("bilora", "lora")
+METHOD_NAMES = (
+    "bilora",
+    "lora",
+    "bilora-fresh",
+    "dual-lora",
+    "flat-lora",
+    "lora-sam",
+    "looksam",
+    "s2-sam",
+    "eflat-lora",
+    "rwp-lora",
+    "rwp-full",
+    "obar",
+    "nbar",
+)
+
+BALL_METHODS = ("bilora", "bilora-fresh", "dual-lora")  # they have a second adapter, held in a ball
+FLAGS_OF_METHODS: dict[str, tuple[str, ...]] = {
+    "rho": (*BALL_METHODS, "lora-sam", "looksam", "s2-sam", "eflat-lora"),
+    "rho_relative": BALL_METHODS,
+    "auxiliary_rank": BALL_METHODS,
+    "auxiliary_init": BALL_METHODS,
+    "ascent": ("bilora",),
+    "ascent_fraction": ("bilora",),
+    "auxiliary_learning_rate": ("bilora", "dual-lora"),
+    "auxiliary_weight_decay": ("bilora", "dual-lora"),
+    "ascent_share": ("lora-sam", "bilora-fresh"),
+    "ascent_every": ("bilora-fresh",),
+    "sigma": ("flat-lora", "rwp-full", "rwp-lora", "bilora", "bilora-fresh"),
+    "sigma_schedule": ("flat-lora", "bilora", "bilora-fresh"),
+    "looksam_every": ("looksam",),
+    "looksam_alpha": ("looksam",),
+    "eflat_beta": ("eflat-lora",),
+    "bar_strength": ("obar", "nbar"),
+    "bar_schedule": ("obar", "nbar"),
+}
+"""Which methods read a flag of the group Method; the flags that are not here hold for all."""
 
 # Two ways to say one thing: never both. On the command line one of them displaces the other of the YAML file.
 RIVALS = (("rho", "rho_relative"), ("dataset_name", "instance_data_dir"))
@@ -67,7 +105,8 @@ class TrainingConfig:
     # --- Method ---
     method: str = flag(
         "bilora",
-        "bilora = a LoRA that descends beside an auxiliary adapter that ascends; lora = plain LoRA",
+        "bilora = a LoRA that descends beside an auxiliary adapter that ascends; lora = plain LoRA; the others: "
+        "docs/methods.md",
         group=METHOD,
         choices=METHOD_NAMES,
         origin="bilora",
@@ -99,8 +138,8 @@ class TrainingConfig:
     )
     rho: float | None = flag(
         None,
-        "radius of the ball that holds the perturbation: ||s B2 A2||_F over all layers together; "
-        "0 = plain LoRA; unset: the method's default",
+        "size of the perturbation, for bilora the radius of the ball that holds ||s B2 A2||_F over all layers "
+        "(others: docs/methods.md); 0 = plain LoRA; unset: the method's default",
         group=METHOD,
         within=NOT_NEGATIVE,
         origin="bilora",
@@ -149,6 +188,61 @@ class TrainingConfig:
     )
     auxiliary_weight_decay: float = flag(
         0.0, "weight decay of the adamw and sgd ascent", group=METHOD, within=NOT_NEGATIVE, origin="bilora"
+    )
+    ascent_share: float = flag(
+        1.0,
+        "share of the step's rows that the ascent pass of bilora-fresh and lora-sam sees: less is faster",
+        group=METHOD,
+        within=Range(0, 1, open_low=True),
+        origin="bilora",
+    )
+    ascent_every: int = flag(
+        1,
+        "bilora-fresh perturbs every so many steps; the others are plain LoRA",
+        group=METHOD,
+        within=AT_LEAST_ONE,
+        origin="bilora",
+    )
+    sigma: float | None = flag(
+        None,
+        "norm of the noise of flat-lora, rwp-full and rwp-lora as a share of the weights', unset: 0.1; with bilora and "
+        "bilora-fresh flat-lora's noise on top, unset: none",
+        group=METHOD,
+        within=NOT_NEGATIVE,
+        origin="bilora",
+    )
+    sigma_schedule: Literal["cosine", "linear", "constant"] = flag(
+        "cosine",
+        "course of flat-lora's noise over the run: from 0 to sigma, or sigma all the time",
+        group=METHOD,
+        origin="bilora",
+    )
+    looksam_every: int = flag(
+        5, "looksam makes its second pass every so many steps", group=METHOD, within=AT_LEAST_ONE, origin="bilora"
+    )
+    looksam_alpha: float = flag(
+        0.7,
+        "weight of the direction that looksam uses again in the steps between",
+        group=METHOD,
+        within=NOT_NEGATIVE,
+        origin="bilora",
+    )
+    eflat_beta: float = flag(
+        0.9,
+        "weight of the newest perturbation in eflat-lora's average",
+        group=METHOD,
+        within=Range(0, 1, open_low=True),
+        origin="bilora",
+    )
+    bar_strength: float = flag(
+        0.25,
+        "obar and nbar: what one factor gains and the other loses in a step, in learning rates",
+        group=METHOD,
+        within=NOT_NEGATIVE,
+        origin="bilora",
+    )
+    bar_schedule: Literal["constant", "linear", "cosine"] = flag(
+        "constant", "course of --bar_strength over the run, falling to 0", group=METHOD, origin="bilora"
     )
     loss_gap_steps: int | None = flag(
         None,
@@ -344,6 +438,21 @@ class TrainingConfig:
         choices=("AdamW", "prodigy"),
         departure="an unknown name is refused (there AdamW is taken silently)",
     )
+    loraplus_lr_ratio: float = flag(
+        1.0,
+        "LoRA+ (arXiv 2402.12354): the learning rate of every B is so many times that of its A; 16 is usual there",
+        group=OPTIMISER,
+        within=POSITIVE,
+        origin="bilora",
+    )
+    ema_decay: float | None = flag(
+        None,
+        "keep an exponential moving average of the primary and write that; 0.99 to 0.999 suit a few hundred steps "
+        "(it begins lower and grows to this); unset: the last weights",
+        group=OPTIMISER,
+        within=BELOW_ONE,
+        origin="bilora",
+    )
     use_8bit_adam: bool = flag(
         False,
         "8-bit AdamW of bitsandbytes",
@@ -530,6 +639,16 @@ class TrainingConfig:
             return
         if self.use_8bit_adam:
             raise UserError("--use_8bit_adam works only with --optimizer AdamW, not with prodigy: leave it out")
+        if self.loraplus_lr_ratio != 1:
+            raise UserError(
+                "--loraplus_lr_ratio does not go with --optimizer prodigy, which estimates one step size for all: "
+                "leave it out, or use AdamW"
+            )
+        if self.method == "dual-lora" and self.auxiliary_learning_rate is None:
+            raise UserError(
+                "--optimizer prodigy with --method dual-lora needs --auxiliary_learning_rate, as Prodigy's own rate "
+                "suits no other optimiser: set it (1e-4, say)"
+            )
         needs_rate = self.method == "bilora" and self.ascent in ("adamw", "sgd")
         if needs_rate and self.auxiliary_learning_rate is None:
             raise UserError(
@@ -553,11 +672,19 @@ class TrainingConfig:
 
     def warnings(self) -> list[str]:
         """What is allowed but hardly meant, one line each, to be shown once by the main process."""
-        return [text for applies, text in self._remarks() if applies]
+        unread = [name for name, methods in FLAGS_OF_METHODS.items() if self.method not in methods]
+        return [
+            *(
+                f"--{name} has no effect with --method {self.method}"
+                for name in unread
+                if getattr(self, name) != FLAGS[name].default
+            ),
+            *(text for applies, text in self._remarks() if applies),
+        ]
 
     def _remarks(self) -> list[tuple[bool, str]]:
         prodigy = self.optimizer == "prodigy"
-        bilora = self.method == "bilora"
+        ball = self.method in BALL_METHODS
         steps = self.max_train_steps
         no_warmup = self.lr_scheduler == "constant"
         no_prompt = self.validation_prompt is None
@@ -580,11 +707,11 @@ class TrainingConfig:
                 f"{self.learning_rate:g} holds for the text encoders too",
             ),
             (
-                bilora and 0 in (self.rho, self.rho_relative),
+                ball and 0 in (self.rho, self.rho_relative),
                 "the radius is 0: this run is plain LoRA, without a perturbation",
             ),
             (
-                bilora and self.ascent == "normalized" and self.auxiliary_learning_rate is not None,
+                self.method == "bilora" and self.ascent == "normalized" and self.auxiliary_learning_rate is not None,
                 "--auxiliary_learning_rate has no effect with --ascent normalized; --ascent_fraction has",
             ),
             (

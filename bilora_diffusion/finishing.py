@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import bilora_diffusion
-from bilora_diffusion.adapters import AUXILIARY, auxiliary_off, parameters_of
+from bilora_diffusion.adapters import AUXILIARY, parameters_of
 from bilora_diffusion.assembly import Machine, Parts
 from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.config import TrainingConfig
@@ -60,7 +60,8 @@ def finish(
     """
     summary = _summary(config, machine, parts, progress, interrupted)
     if machine.is_main:
-        files = save_loras(folder.path, config, parts, progress, started=started)
+        with parts.trainer.as_exported():
+            files = save_loras(folder.path, config, parts, progress, started=started)
         summary["verification"] = _verify(files, parts)
         summary["verified"] = True  # or it would have raised
         folder.summary(summary)
@@ -130,9 +131,8 @@ def lora_facts(config: TrainingConfig, parts: Parts, progress: Progress, started
         method=config.method,
         rank=config.rank,
         alpha=config.lora_alpha or float(config.rank),
-        rho=ball.rho if ball else None,
+        settings=parts.method.settings,
         rho_relative=ball.relative if ball else None,
-        auxiliary_rank=config.auxiliary_rank if ball else None,
         steps=progress.step,
         epochs=-(-progress.draws // len(dataset)),
         learning_rate=config.learning_rate,
@@ -164,7 +164,7 @@ def lora_facts(config: TrainingConfig, parts: Parts, progress: Progress, started
 
 def _verify(files: list[Path], parts: Parts) -> list[dict[str, Any]]:
     """Loads every file through the pipeline's own loader into the very base; the adapters are gone after this."""
-    with auxiliary_off(parts.models.values()):
+    with parts.trainer.as_exported():
         trained = record_trained(parts.models)
     for model in parts.models.values():
         strip_adapters(model)
@@ -231,7 +231,8 @@ def _summary(
         "perturbed_losses": progress.perturbed_losses or None,
         "loss_gap": progress.loss_gap,
         "loss_gap_steps": progress.gap_steps or None,
-        "rho": ball.rho if ball else None,
+        "settings": parts.method.settings,
+        "rho": parts.method.settings.get("rho"),
         "rho_relative": ball.relative if ball else None,
         "rho_singular_share": ball.singular_share if ball else None,
         "c_over_rho": measures.get("c_over_rho"),

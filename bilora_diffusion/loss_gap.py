@@ -1,10 +1,10 @@
-"""Is the auxiliary alive? The loss it adds to the batch at hand, measured in float32.
+"""Is the perturbation alive? The loss it adds to the batch at hand, measured in float32.
 
-    gap = L(W0 + s1 B1 A1 + s2 B2 A2) - L(W0 + s1 B1 A1)
+    gap = L(W0 + s1 B1 A1 + perturbation) - L(W0 + s1 B1 A1)
 
-on the same rows, noise and timesteps. An auxiliary that ascends makes it positive; one that does nothing leaves it at
-zero. In bfloat16 the rounding of a single layer is larger than a small perturbation, so the frozen base computes in
-float32 here, a layer at a time.
+on the same rows, noise and timesteps; Bi-LoRA's perturbation is s2 B2 A2. One that ascends makes it positive; one that
+does nothing leaves it at zero. In bfloat16 the rounding of a single layer is larger than a small perturbation, so the
+frozen base computes in float32 here, a layer at a time.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.methods.interface import Method
 
 __all__ = ["ARITHMETIC_NOISE", "LossGap", "float32_computation", "measure_loss_gap"]
 
@@ -40,17 +41,19 @@ class LossGap:
 
 
 @torch.no_grad()
-def measure_loss_gap(models: Iterable[nn.Module], micro_batches: Sequence) -> LossGap:
-    """Two forward passes over every micro-batch, one with the auxiliary, one without.
+def measure_loss_gap(models: Iterable[nn.Module], method: Method, micro_batches: Sequence) -> LossGap:
+    """Two forward passes over every micro-batch, one under the method's perturbation, one without.
 
     Arguments:
         models: the trained parts.
+        method: gives the perturbation, which it may need passes of its own to find.
         micro_batches: of one step; each gives its float32 twin by `in_float32()`.
     """
     models = list(models)
     twins = [micro_batch.in_float32() for micro_batch in micro_batches]
     with _no_dropout(models), float32_computation(models):
-        perturbed = torch.stack([twin.loss() for twin in twins]).mean()
+        with method.perturbed(twins):
+            perturbed = torch.stack([twin.loss() for twin in twins]).mean()
         with auxiliary_off(models):
             clean = torch.stack([twin.loss() for twin in twins]).mean()
     return LossGap(perturbed.item(), clean.item())

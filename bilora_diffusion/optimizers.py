@@ -30,17 +30,23 @@ def auxiliary_learning_rates(config: TrainingConfig, primary: Mapping[str, float
 
 
 def build_optimizer(
-    config: TrainingConfig, parameters: Mapping[str, Sequence[nn.Parameter]], rates: Mapping[str, float]
+    config: TrainingConfig, parameters: Mapping[str, Mapping[str, nn.Parameter]], rates: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy over the primary's parameters, a group for each part."""
-    groups = [
-        {
-            "params": list(parameters[part]),
-            "lr": rates[part],
-            "weight_decay": config.adam_weight_decay if part == "unet" else config.adam_weight_decay_text_encoder,
-        }
-        for part in parameters
-    ]
+    """AdamW, 8-bit AdamW or Prodigy over the primary's parameters.
+
+    A group for each part; with LoRA+ (Hayou et al., 2024, arXiv 2402.12354) another for its B.
+
+    Arguments:
+        parameters: by part and by name.
+    """
+    groups = []
+    for part, named in parameters.items():
+        decay = config.adam_weight_decay if part == "unet" else config.adam_weight_decay_text_encoder
+        columns = [p for name, p in named.items() if "lora_B" in name and config.loraplus_lr_ratio != 1]
+        others = [p for name, p in named.items() if "lora_B" not in name or config.loraplus_lr_ratio == 1]
+        for some, rate in ((others, rates[part]), (columns, rates[part] * config.loraplus_lr_ratio)):
+            if some:
+                groups.append({"params": some, "lr": rate, "weight_decay": decay})
     shared = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optimizer == "prodigy":
         try:

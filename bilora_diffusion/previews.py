@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from bilora_diffusion.adapters import auxiliary_off
 from bilora_diffusion.assembly import Machine, Parts, free_memory
 from bilora_diffusion.atomic import atomic_write
 from bilora_diffusion.config import TrainingConfig
@@ -72,7 +71,7 @@ class Previews:
         def load_vae():
             return parts.base.load("vae").vae.to(self.machine.device)
 
-        with auxiliary_off(parts.models.values()):
+        with parts.trainer.as_exported():
             pictures = draw_or_warn(
                 pipeline,
                 parts.sampling_prompts.get(prompt, prompt),

@@ -26,7 +26,7 @@ from bilora_diffusion.checkpoint import (
     restore_adapters,
     save_checkpoint,
 )
-from bilora_diffusion.config import TrainingConfig, show, to_yaml
+from bilora_diffusion.config import BALL_METHODS, TrainingConfig, show, to_yaml
 from bilora_diffusion.data.dreambooth import DrawBatches, Row, flatten
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.finishing import finish, save_loras, upload
@@ -227,10 +227,10 @@ class Run:
     def _measure_gap(self, micro_batches) -> None:
         """On the rows of the step that comes next, with the perturbation it will be taken under."""
         due = self.gap_interval and ((self.progress.step + 1) % self.gap_interval == 0)
-        if not due or not self.parts.method.parameters:
+        if not due or not self.parts.method.perturbs:
             return
         # One micro-batch: in float32, without TF32, a pass takes several times what one of the training takes.
-        gap = measure_loss_gap(self.parts.models.values(), micro_batches[:1])
+        gap = measure_loss_gap(self.parts.models.values(), self.parts.method, micro_batches[:1])
         means = average([torch.tensor(loss, device=self.machine.device) for loss in (gap.perturbed, gap.clean)])
         self.progress.add_gap(LossGap(*(mean.item() for mean in means)))
 
@@ -294,9 +294,13 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
         "use_dora": config.use_dora,
         "optimizer": config.optimizer,
         "use_8bit_adam": config.use_8bit_adam,
+        "loraplus_lr_ratio": config.loraplus_lr_ratio,
+        "ema_decay": config.ema_decay,
     }
+    if config.method in BALL_METHODS:
+        identity["auxiliary_rank"] = config.auxiliary_rank or config.rank
     if config.method == "bilora":
-        identity |= {"auxiliary_rank": config.auxiliary_rank or config.rank, "ascent": config.ascent}
+        identity["ascent"] = config.ascent
     return identity
 
 
@@ -387,12 +391,9 @@ def _resolved(config: TrainingConfig, parts: Parts, *, seed: int, steps: int, pr
         "mixed_precision": precision,
         "resume_from_checkpoint": None,
     }
+    changes |= parts.method.settings
     if parts.radius is not None:
-        changes |= {
-            "rho": parts.radius.rho,
-            "rho_relative": None,
-            "auxiliary_rank": config.auxiliary_rank or config.rank,
-        }
+        changes["rho_relative"] = None  # said by rho
     return replace(config, **changes)
 
 

@@ -1,13 +1,16 @@
 """The training step: Algorithm 1 of the paper, with any method in Bi-LoRA's place."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from bilora_diffusion.adapters import auxiliary_off
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.diffusion import Objective
 from bilora_diffusion.methods import Method
@@ -44,6 +47,7 @@ class Trainer:
         compute_dtype: of the forward pass.
         max_grad_norm: bound on the global norm of the primary's gradient; 0 = none. The auxiliary's gradient has no
             part in it.
+        ema_decay: of the moving average of the primary that `as_exported` shows, None = the primary itself.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Trainer:
         compute_dtype: torch.dtype,
         max_grad_norm: float,
         seed: int,
+        ema_decay: float | None = None,
     ) -> None:
         self.models = models
         self.objective = objective
@@ -69,6 +74,7 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.trained = [*self.primary, *method.parameters]
+        self.average = None if ema_decay is None else EMAModel(self.primary, decay=ema_decay)
         device = self.primary[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=compute_dtype == torch.float16)
         # The scaler takes its scale off the gradients of an optimiser. Both adapters must come off together and be
@@ -99,15 +105,32 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self._clip_primary()
+            self.method.before_step()
             self.optimizer.step()  # descent on (A1, B1)
             self.method.after_step()  # Bi-LoRA: ascent on (A2, B2), then the global clip
             for scheduler in self.schedulers:
                 scheduler.step()
+            if self.average is not None:
+                self.average.step(self.primary)
         if self.scaler.is_enabled():
             self.scaler.update()
         for parameter in self.trained:
             parameter.grad = None
         return Step(loss, finite, wishes > 0)
+
+    @contextmanager
+    def as_exported(self) -> Iterator[None]:
+        """Inside, the models are what the written files hold: no perturbation, the primary's average if one is kept."""
+        with auxiliary_off(self.models.values()):
+            if self.average is None:
+                yield
+                return
+            self.average.store(self.primary)
+            try:
+                self.average.copy_to(self.primary)
+                yield
+            finally:
+                self.average.restore(self.primary)
 
     @property
     def rank(self) -> int:
@@ -131,6 +154,7 @@ class Trainer:
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "scaler": self.scaler.state_dict(),
             "method": self.method.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -140,3 +164,6 @@ class Trainer:
         if state["scaler"]:  # empty where the run so far was not in fp16
             self.scaler.load_state_dict(state["scaler"])
         self.method.load_state_dict(state["method"])
+        if self.average is not None:
+            self.average.load_state_dict(dict(state["average"]))
+            self.average.to(self.primary[0].device)

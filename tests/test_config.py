@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from bilora_diffusion.command_line import parse, read_config_file
-from bilora_diffusion.config import FLAGS, GROUPS, TrainingConfig, as_dict, to_yaml
+from bilora_diffusion.config import FLAGS, GROUPS, METHOD_NAMES, TrainingConfig, as_dict, to_yaml
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import nearest
 
@@ -124,7 +124,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "AdamX"}, "--optimizer is 'AdamX': it must be one of AdamW, prodigy; did you mean AdamW?"),
     ({"lr_scheduler": "cosin"}, "did you mean cosine?"),
     ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler is 'piecewise_constant'"),
-    ({"method": "bi-lora"}, "--method is 'bi-lora': it must be one of bilora, lora; did you mean bilora?"),
+    (
+        {"method": "bi-lora"},
+        f"--method is 'bi-lora': it must be one of {', '.join(METHOD_NAMES)}; did you mean bilora?",
+    ),
     ({"mixed_precision": "bfloat16"}, "did you mean bf16?"),
     ({"report_to": "tensorbord"}, "did you mean tensorboard?"),
     ({"rank": 0}, "--rank is 0: it must be an integer >= 1"),

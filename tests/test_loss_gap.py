@@ -47,7 +47,7 @@ def snapshot(run: TinyRun) -> dict[str, Tensor]:
 def test_a_half_base_computes_as_its_upcast_twin(build, precision, use_dora):
     run = build(precision=precision, use_dora=use_dora, train_text_encoder=True, gradient_accumulation_steps=2)
     run.move_auxiliary()
-    gap = measure_loss_gap(run.parts.models.values(), run.micro_batches())
+    gap = measure_loss_gap(run.parts.models.values(), run.parts.method, run.micro_batches())
     clean, perturbed = clean_and_perturbed(upcast(run))
     assert gap.perturbed == pytest.approx(perturbed, rel=1e-6)
     assert gap.clean == pytest.approx(clean, rel=1e-6)
@@ -86,7 +86,7 @@ def test_measuring_leaves_no_trace(build, precision):
     other = build(precision=precision, train_text_encoder=True, lora_dropout=0.3)
     other.move_auxiliary()
     random = torch.get_rng_state()
-    measure_loss_gap(other.parts.models.values(), other.micro_batches())
+    measure_loss_gap(other.parts.models.values(), other.parts.method, other.micro_batches())
     assert torch.equal(torch.get_rng_state(), random)
     assert all_equal(snapshot(other), before)
     assert all(model.training for model in other.parts.models.values())
@@ -211,16 +211,16 @@ def test_a_gap_within_the_rounding_is_called_noise():
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_auxiliary_of_zero_has_no_gap_and_one_that_ascended_has_one(build, precision):
     run = build(precision=precision, rho=2.0, auxiliary_learning_rate=0.02, lora_dropout=0.2)
-    fresh = measure_loss_gap(run.parts.models.values(), run.micro_batches())
+    fresh = measure_loss_gap(run.parts.models.values(), run.parts.method, run.micro_batches())
     assert fresh.gap == 0 and fresh.is_noise
     run.train(3)
-    gap = measure_loss_gap(run.parts.models.values(), run.micro_batches())
+    gap = measure_loss_gap(run.parts.models.values(), run.parts.method, run.micro_batches())
     assert gap.gap > 1e-3 * gap.clean
     assert not gap.is_noise
     for layer in run.auxiliary:
         layer.B.data.zero_()
     # Of a trained primary, whose dropout would make two passes differ.
-    assert measure_loss_gap(run.parts.models.values(), run.micro_batches()).gap == 0
+    assert measure_loss_gap(run.parts.models.values(), run.parts.method, run.micro_batches()).gap == 0
 
 
 def test_the_gap_is_of_the_whole_step(build):
@@ -228,7 +228,7 @@ def test_the_gap_is_of_the_whole_step(build):
     run = build(gradient_accumulation_steps=2)
     run.move_auxiliary()
     micro_batches = run.micro_batches()
-    gap = measure_loss_gap(run.parts.models.values(), micro_batches)
+    gap = measure_loss_gap(run.parts.models.values(), run.parts.method, micro_batches)
     with auxiliary_off(run.parts.models.values()), torch.no_grad():
         clean = sum(one.loss().item() for one in micro_batches) / 2
     assert gap.clean == pytest.approx(clean, rel=1e-6)
@@ -248,7 +248,7 @@ def test_a_failure_while_measuring_puts_everything_back(build):
             raise KeyError
 
     with pytest.raises(KeyError):
-        measure_loss_gap(run.parts.models.values(), [Fails()])
+        measure_loss_gap(run.parts.models.values(), run.parts.method, [Fails()])
     assert all_equal(snapshot(run), before)
     assert [layer.scale for layer in run.auxiliary] == scales
     assert all(model.training for model in run.parts.models.values())

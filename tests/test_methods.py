@@ -19,7 +19,8 @@ from bilora_diffusion import methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, auxiliary_off, low_rank_layers, product_norm
 from bilora_diffusion.config import METHOD_NAMES
 from bilora_diffusion.methods.ascent import NormalizedAscent, OptimizerAscent
-from bilora_diffusion.methods.bilora import BiLoRA, clip_to_ball
+from bilora_diffusion.methods.ball import clip_to_ball
+from bilora_diffusion.methods.bilora import BiLoRA
 
 every_method = pytest.mark.parametrize("method", METHOD_NAMES)
 every_ascent = pytest.mark.parametrize("ascent", ["adamw", "sgd", "normalized"])
@@ -100,7 +101,7 @@ def test_four_micro_batches_of_one_equal_a_batch_of_four(build, method, prior):
     assert whole.train(3) == pytest.approx(parts.train(3), rel=1e-6)
     # adam_epsilon keeps entries without a gradient from taking whole steps in the direction of a rounding error.
     assert difference(whole.tensors(), parts.tensors(), start) < 1e-4
-    if whole.auxiliary:
+    if whole.auxiliary and method != "bilora-fresh":  # whose auxiliary is empty between steps
         assert difference(deltas(whole, AUXILIARY), deltas(parts, AUXILIARY)) < 1e-4
 
 
@@ -269,7 +270,7 @@ def test_a_radius_of_zero_gives_loras_tensors(build):
 
 def test_an_auxiliary_that_stays_zero_changes_nothing(build):
     lora, present = build("lora", train_text_encoder=True), build(train_text_encoder=True, **ACTIVE)
-    present.parts.method.rho = 0.0
+    present.parts.method.ball.rho = 0.0
     for run in (lora, present):
         run.train(3)
     assert difference(lora.tensors(), present.tensors()) < 1e-6
@@ -286,6 +287,103 @@ def test_a_perturbation_is_felt(build):
     assert bilora_losses[-1] > lora_losses[-1] * (1 + 1e-3)
     assert difference(lora.tensors(), bilora.tensors(), start) > 1e-2
     assert bilora.parts.method.measures()["c_over_rho"] > 0.1
+
+
+STRONG = {
+    "bilora": ACTIVE,
+    "bilora-fresh": {"rho": 1.0},
+    "dual-lora": ACTIVE,
+    "flat-lora": {"sigma": 0.5, "sigma_schedule": "constant"},
+    "rwp-full": {"sigma": 0.5},
+    "rwp-lora": {"sigma": 0.5},
+    "lora-sam": {"rho": 1.0},
+    "looksam": {"rho": 1.0, "looksam_every": 2},
+    "s2-sam": {"rho": 1.0},
+    "eflat-lora": {"rho": 0.2},
+    "obar": {"bar_strength": 20.0},
+    "nbar": {"bar_strength": 20.0},
+}
+"""Felt within three steps."""
+NOTHING = {"rho": 0.0, "looksam_alpha": 0.0, "sigma": 0.0, "bar_strength": 0.0}
+
+
+def test_every_method_has_its_strength_here():
+    assert {"lora", *STRONG} == set(METHOD_NAMES)
+
+
+@pytest.mark.parametrize("method", STRONG)
+def test_with_no_strength_it_is_lora_and_with_some_it_is_not(build, method):
+    lora, zero, strong = build("lora"), build(method, **NOTHING), build(method, **STRONG[method])
+    for run in (lora, zero, strong):
+        run.train(3)
+    assert all_equal(lora.tensors(), zero.tensors())
+    assert difference(lora.tensors(), strong.tensors(), build("lora").tensors()) > 1e-3
+
+
+@pytest.mark.parametrize("method", [name for name in STRONG if name not in ("obar", "nbar")])
+def test_a_perturbation_leaves_no_trace(build, method):
+    """Looked at outside a step, as for the loss gap: no weight, gradient, hook or later step is changed."""
+    run, other = (build(method, use_dora=method == "flat-lora", **STRONG[method]) for _ in range(2))
+    for one in (run, other):
+        one.train(1)
+    weights = {**run.base_tensors(), **run.tensors(), **{f"2 {n}": t for n, t in run.tensors(AUXILIARY).items()}}
+    micro_batches = run.micro_batches(1)
+    with torch.no_grad():
+        plain = micro_batches[0].loss()
+        for _ in range(2):
+            with run.parts.method.perturbed(micro_batches):
+                inside = micro_batches[0].loss()
+        assert torch.equal(micro_batches[0].loss(), plain)
+    if method not in ("bilora", "dual-lora"):  # whose perturbation is on all the time
+        assert inside != plain
+    if method in ("bilora-fresh", "lora-sam", "looksam"):
+        assert inside > plain  # they climb the very loss
+    after = {**run.base_tensors(), **run.tensors(), **{f"2 {n}": t for n, t in run.tensors(AUXILIARY).items()}}
+    assert all_equal(weights, after)
+    modules = [module for model in run.parts.models.values() for module in model.modules()]
+    assert not any(module._forward_hooks for module in modules)
+    assert all(p.grad is None and p.requires_grad for p in run.parts.trainer.trained)
+    for one in (run, other):
+        one.train(2, start=1)
+    assert all_equal(run.tensors(), other.tensors())
+
+
+@pytest.mark.parametrize("method", ["bilora", "bilora-fresh"])
+def test_noise_on_top(build, method):
+    flags = {**STRONG[method], "sigma_schedule": "constant"}
+    alone, together, again = (
+        build(method, **flags),
+        build(method, sigma=0.5, **flags),
+        build(method, sigma=0.5, **flags),
+    )
+    noise = build("flat-lora", sigma=0.5, sigma_schedule="constant")
+    losses = {name: run.train(3) for name, run in (("alone", alone), ("together", together), ("noise", noise))}
+    assert together.parts.method.settings["sigma"] == 0.5
+    assert losses["together"][0] != losses["alone"][0]
+    if method == "bilora":  # the auxiliary is still zero
+        assert losses["together"][0] == losses["noise"][0]
+    again.train(1)
+    again.parts.trainer.load_state_dict(copy.deepcopy(again.parts.trainer.state_dict()))
+    again.train(2, start=1)
+    assert all_equal(together.tensors(), again.tensors())
+
+
+def test_the_ascent_pass_sees_the_share_of_the_rows(build):
+    """Counted: the rows whose loss is computed in a step of four."""
+    for share, expected in ((1.0, 8), (0.5, 6), (0.25, 5), (0.1, 5)):
+        for method in ("lora-sam", "bilora-fresh"):
+            run = build(method, train_batch_size=2, gradient_accumulation_steps=2, ascent_share=share, rho=0.5)
+            micro_batches, rows = run.micro_batches(), []
+            for one in micro_batches:
+                loss = one.loss
+
+                def counted(some: slice = slice(None), loss=loss, rows=rows) -> Tensor:
+                    rows.append(len(range(2)[some]))
+                    return loss(some)
+
+                object.__setattr__(one, "loss", counted)
+            run.parts.trainer.training_step(micro_batches, 0)
+            assert sum(rows) == expected
 
 
 # --- the ball ---
@@ -547,7 +645,7 @@ def test_the_radius_in_its_three_units(build):
     run = build(rho_relative=0.01)
     norm = math.sqrt(sum(w.double().square().sum().item() for w in adapted_weights(run)))
     assert run.parts.radius.rho == pytest.approx(0.01 * norm, rel=1e-6)
-    assert run.parts.method.rho == run.parts.radius.rho
+    assert run.parts.method.ball.rho == run.parts.radius.rho
     assert run.parts.radius.relative == pytest.approx(0.01, rel=1e-9)
     default = build()
     # A perturbation of rank 3 whose singular values are each the default's share of the layer's typical one.

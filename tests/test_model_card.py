@@ -18,8 +18,7 @@ FACTS = LoraFacts(
     method="bilora",
     rank=4,
     alpha=8,
-    rho=0.05,
-    auxiliary_rank=16,
+    settings={"rho": 0.05, "auxiliary_rank": 16},
     steps=500,
     learning_rate=1e-4,
     text_encoder_lr=5e-6,
@@ -68,7 +67,7 @@ def test_the_text_says_what_was_trained_and_how():
         "on the UNet, text encoder 1 and text encoder 2.",
         "Method: Bi-LoRA",
         "| rank / alpha | 4 / 8 |",
-        "| rho (radius of the perturbation) | 0.05 |",
+        "| rho (size of the perturbation) | 0.05 |",
         "| rank of the second adapter | 16 |",
         "| optimiser steps | 500 |",
         "| learning rate | 0.0001, text encoders 5e-06 |",
@@ -81,7 +80,7 @@ def test_the_text_says_what_was_trained_and_how():
 
 
 def test_a_plain_lora_speaks_of_no_perturbation():
-    facts = replace(FACTS, method="lora", rho=None, auxiliary_rank=None, trained_parts=("unet",))
+    facts = replace(FACTS, method="lora", settings={}, rho_relative=None, trained_parts=("unet",))
     card = model_card(facts)
     assert "Method: plain LoRA." in card
     assert "on the UNet." in card

@@ -26,8 +26,9 @@ def config(**flags) -> TrainingConfig:
     )
 
 
-def parameters() -> dict[str, list[nn.Parameter]]:
-    return {part: [nn.Parameter(torch.ones(2, 3)) for _ in range(2)] for part in PARTS}
+def parameters() -> dict[str, dict[str, nn.Parameter]]:
+    names = ("to_k.lora_A.weight", "to_k.lora_B.weight")
+    return {part: {name: nn.Parameter(torch.ones(2, 3)) for name in names} for part in PARTS}
 
 
 def test_unet_and_text_encoders_have_rates_of_their_own():
@@ -76,7 +77,50 @@ def test_adamw_has_a_group_a_part():
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6 for group in groups)
     assert not any(group["maximize"] for group in groups)
     for group, part in zip(groups, PARTS, strict=True):
-        assert [id(p) for p in group["params"]] == [id(p) for p in given[part]]
+        assert [id(p) for p in group["params"]] == [id(p) for p in given[part].values()]
+
+
+def test_loraplus_gives_every_b_a_rate_of_its_own(build):
+    given = parameters()
+    optimizer = build_optimizer(config(loraplus_lr_ratio=16), given, dict.fromkeys(PARTS, 1e-4))
+    groups = [(group["lr"], [id(p) for p in group["params"]]) for group in optimizer.param_groups]
+    A, B = ([id(given[part][f"to_k.lora_{factor}.weight"]) for part in PARTS] for factor in "AB")
+    assert groups[::2] == [(1e-4, [one]) for one in A]
+    assert groups[1::2] == [(pytest.approx(16e-4), [one]) for one in B]
+    run = build("lora", loraplus_lr_ratio=4.0, learning_rate=1e-3, use_dora=True, lr_scheduler="linear")
+    before = run.tensors()
+    run.train(1)
+    moved = {factor: 0.0 for factor in ("lora_A", "lora_B", "magnitude")}
+    for name, tensor in run.tensors().items():
+        kind = next(kind for kind in moved if kind in name)
+        moved[kind] = max(moved[kind], (tensor - before[name]).abs().max().item())
+    # AdamW's first step moves every entry by its rate; only B has a gradient there, and the magnitude.
+    assert moved["lora_B"] == pytest.approx(4e-3, rel=1e-2) and moved["magnitude"] == pytest.approx(1e-3, rel=0.02)
+    assert [group["lr"] for group in run.parts.trainer.optimizer.param_groups] == pytest.approx([0.9e-3, 3.6e-3])
+
+
+def test_loraplus_is_refused_with_prodigy():
+    with pytest.raises(UserError, match="--loraplus_lr_ratio"):
+        config(optimizer="prodigy", learning_rate=1.0, method="lora", loraplus_lr_ratio=2.0)
+
+
+def test_the_average_is_what_is_exported_and_nothing_else(build):
+    """Against the recursion written out; the run itself is that without an average, bit for bit."""
+    plain, run = build(), build(ema_decay=0.6)
+    assert plain.parts.trainer.average is None
+    expected = run.tensors()
+    for number in range(4):
+        plain.step(number)
+        run.step(number)
+        decay = min(0.6, (1 + number) / (10 + number)) if number else 0.0
+        live = run.tensors()
+        expected = {name: decay * old + (1 - decay) * live[name] for name, old in expected.items()}
+    assert all(torch.equal(live[name], tensor) for name, tensor in plain.tensors().items())
+    with run.parts.trainer.as_exported():
+        shown = run.tensors()
+    assert all(torch.allclose(shown[name], tensor, rtol=1e-4, atol=1e-7) for name, tensor in expected.items())
+    assert any(not torch.equal(shown[name], tensor) for name, tensor in live.items())
+    assert all(torch.equal(live[name], tensor) for name, tensor in run.tensors().items())
 
 
 def test_the_fused_step_is_adamws():
@@ -86,7 +130,7 @@ def test_the_fused_step_is_adamws():
     optimizer = build_optimizer(config(), ours, rates)
     plain = torch.optim.AdamW(
         [
-            {"params": theirs[part], "lr": rates[part], "weight_decay": decay}
+            {"params": list(theirs[part].values()), "lr": rates[part], "weight_decay": decay}
             for part, decay in zip(PARTS, (1e-4, 1e-3, 1e-3), strict=True)
         ],
         fused=False,
@@ -96,12 +140,14 @@ def test_the_fused_step_is_adamws():
     for _ in range(3):
         for part in PARTS:
             gradient = torch.randn(2, 3, generator=draw)
-            ours[part][0].grad, theirs[part][0].grad = gradient.clone(), gradient.clone()
+            for one in (ours, theirs):
+                one[part]["to_k.lora_A.weight"].grad = gradient.clone()
         optimizer.step()
         plain.step()
     for part in PARTS:
-        assert torch.allclose(ours[part][0], theirs[part][0], rtol=1e-6)
-        assert torch.equal(ours[part][1], torch.ones(2, 3))
+        trained, still = ours[part].values()
+        assert torch.allclose(trained, theirs[part]["to_k.lora_A.weight"], rtol=1e-6)
+        assert torch.equal(still, torch.ones(2, 3))
 
 
 def test_prodigy_trains_beside_an_auxiliary(build):

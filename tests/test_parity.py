@@ -5,18 +5,20 @@ Algorithm 1 of the paper in float64, SAM's gradient in closed form, and the step
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from stack import Stack, StackBatch
 from tiny_run import difference
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, adapted_layers, add_adapter, low_rank_layers, parameters_of
 from bilora_diffusion.methods import BiLoRA, build_ascent
+from bilora_diffusion.methods.lora_sam import LoRASAM
 from bilora_diffusion.training import Trainer
 
 RANK, AUXILIARY_RANK, SCALE = 3, 2, 2.0
@@ -117,45 +119,6 @@ def transcript_of(models: dict[str, nn.Module]) -> list[dict[str, Tensor]]:
 
 
 # --- on a stack of linear layers ---
-
-
-class Stack(nn.Module):
-    """Three linear layers of different shapes with tanh between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in ((6, 9), (9, 5), (5, 4)))
-        for layer in self.layers:
-            layer.weight.data = torch.randn(layer.weight.shape, generator=draw, dtype=torch.float64) / 2
-        self.requires_grad_(False)
-
-    def add_adapter(self, config: LoraConfig, adapter_name: str) -> None:
-        inject_adapter_in_model(config, self, adapter_name)
-
-    def forward(self, x: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
-        for number, layer in enumerate(self.layers):
-            x = torch.tanh(layer(x) if weights is None else x @ weights[number].T)
-        return x
-
-
-@dataclass
-class StackBatch:
-    """A micro-batch in float64 with a squared error on given targets."""
-
-    model: Stack
-    x: Tensor
-    y: Tensor
-    share: float
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def loss(self, rows: slice = slice(None)) -> Tensor:
-        return (self.model(self.x[rows]) - self.y[rows]).square().mean()
-
-    def backward(self, loss: Tensor) -> None:
-        (loss * self.share).backward()
 
 
 # The rates differ between primary and auxiliary, and rho is such that some steps are clipped and some are not.
@@ -278,48 +241,7 @@ def test_bilora_is_algorithm_1_on_the_unet(build, tiny, ascent):
     assert run.parts.method.measures()["c_over_rho"].item() == pytest.approx(min(shares[-1], 1), rel=1e-4)
 
 
-# --- a method of two passes behind the same interface: SAM ---
-
-
-@dataclass
-class SAM:
-    """w' = argmin L(w + rho g / ||g||), for this test only.
-
-    Reference:
-        Sharpness-Aware Minimization for Efficiently Improving Generalization (Foret et al., 2021), arXiv 2010.01412.
-    """
-
-    primary: Sequence[nn.Parameter]
-    rho: float
-    parameters: Sequence[nn.Parameter] = ()
-    schedulable: Sequence[torch.optim.Optimizer] = ()
-    losses: list[Tensor] = field(default_factory=list)
-
-    def accumulate(self, micro_batches: Sequence) -> Tensor:
-        self._pass(micro_batches)
-        gradients = [p.grad for p in self.primary]
-        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        weights = [p.detach().clone() for p in self.primary]
-        for p, g in zip(self.primary, gradients, strict=True):
-            p.data += self.rho * g / norm
-            p.grad = None
-        loss = self._pass(micro_batches)
-        for p, w in zip(self.primary, weights, strict=True):
-            p.data.copy_(w)
-        return loss
-
-    def _pass(self, micro_batches: Sequence) -> Tensor:
-        losses = []
-        for micro_batch in micro_batches:
-            loss = micro_batch.loss()
-            micro_batch.backward(loss)
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
-
-    def after_step(self) -> None: ...
-
-    def measures(self) -> dict[str, Tensor]:
-        return {}
+# --- a method of two passes ---
 
 
 @dataclass
@@ -340,7 +262,7 @@ class QuadraticBatch:
         (loss * self.share).backward()
 
 
-def test_sam_fits_the_interface_and_has_its_closed_form():
+def test_sam_has_its_closed_form():
     """Its gradient on a quadratic is H (w + rho H w / ||H w||), H the mean over all micro-batches of the step."""
     draw = torch.Generator().manual_seed(0)
     roots = torch.randn(3, 5, 5, generator=draw, dtype=torch.float64)
@@ -349,7 +271,7 @@ def test_sam_fits_the_interface_and_has_its_closed_form():
     start, rho, rate = w.detach().clone(), 0.3, 0.01
     optimizer = torch.optim.SGD([w], lr=rate)
     trainer = Trainer(
-        {}, None, {"unet": [w]}, optimizer, SAM([w], rho), [], compute_dtype=torch.float32, max_grad_norm=0, seed=0
+        {}, None, {"unet": [w]}, optimizer, LoRASAM([w], rho), [], compute_dtype=torch.float32, max_grad_norm=0, seed=0
     )
     step = trainer.training_step([QuadraticBatch(w, H, 1 / 3) for H in curvatures], 0)
     H = curvatures.mean(0)
@@ -362,7 +284,7 @@ def test_sam_fits_the_interface_and_has_its_closed_form():
 def test_a_method_may_evaluate_the_draws_of_a_step_twice(build):
     """The same on the UNet: both passes see the same rows, noise and timesteps, and the weights come back."""
     run = build("lora", lora_layers="to_q")
-    method = SAM(run.parts.trainer.primary, rho=0.0)
+    method = LoRASAM(run.parts.trainer.primary, rho=0.0)
     micro_batches, start = run.micro_batches(), run.tensors()
     twice = method.accumulate(micro_batches)
     gradients = [p.grad.clone() for p in run.parts.trainer.primary]

@@ -113,7 +113,7 @@ def _hog() -> Callable[..., np.ndarray]:
     try:
         from skimage.feature import hog
     except ImportError:
-        raise UserError("scikit-image is needed: pip install 'bilora-diffusion[check]'") from None
+        raise UserError("scikit-image is needed: pip install 'bilora-diffusion[embedded]'") from None
     return hog
 
 

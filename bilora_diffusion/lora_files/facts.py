@@ -31,9 +31,8 @@ class LoraFacts:
         method: `bilora`, `lora`, ...
         rank: r of the primary adapter.
         alpha: the primary's weight is multiplied by alpha / rank.
-        rho: radius of the auxiliary's ball, in the norm of the effective weights.
-        rho_relative: the same as a share of the adapted weights' norm, if it was given so.
-        auxiliary_rank: rank of the auxiliary adapter, which is not in the file.
+        settings: the method's own knobs by the names of their flags, such as `rho` and `auxiliary_rank`.
+        rho_relative: rho as a share of the adapted weights' norm, where it is the radius of a ball in their space.
         steps: optimiser steps made.
         epochs: passes over the pictures, rounded up.
         learning_rate: of the UNet's primary adapter.
@@ -64,9 +63,8 @@ class LoraFacts:
     rank: int
     alpha: float
     base_hub_id: str | None = None
-    rho: float | None = None
+    settings: Mapping[str, float | int | str] = field(default_factory=dict)
     rho_relative: float | None = None
-    auxiliary_rank: int | None = None
     steps: int | None = None
     epochs: int | None = None
     learning_rate: float | None = None
@@ -105,9 +103,8 @@ def bilora_metadata(facts: LoraFacts) -> dict[str, str]:
         "method": facts.method,
         "rank": facts.rank,
         "alpha": facts.alpha,
-        "rho": facts.rho,
+        **facts.settings,
         "rho_relative": facts.rho_relative,
-        "auxiliary_rank": facts.auxiliary_rank,
         "steps": facts.steps,
         "base": facts.base,
         "instance_prompt": facts.instance_prompt,

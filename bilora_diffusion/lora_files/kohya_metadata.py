@@ -119,7 +119,7 @@ def _dataset(facts: LoraFacts) -> str | None:
 
 
 def _comment(facts: LoraFacts) -> str:
-    shown = {"rho": facts.rho, "rho_relative": facts.rho_relative, "auxiliary_rank": facts.auxiliary_rank}
+    shown = {**facts.settings, "rho_relative": facts.rho_relative}
     values = " ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
     return f"Bi-LoRA Diffusion, method={facts.method} {values}".rstrip()
 

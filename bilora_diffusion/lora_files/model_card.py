@@ -40,7 +40,42 @@ METHODS = {
         "second one perturbed the weights during training towards higher loss, so that the first should be "
         "good in a neighbourhood and not at a point. The second is not in the file"
     ),
+    "bilora-fresh": (
+        "Bi-LoRA with a fresh perturbation: as Bi-LoRA, but the second adapter was filled anew from each batch, in a "
+        "cheap pass of its own. It is not in the file"
+    ),
+    "dual-lora": (
+        "Dual-LoRA, an ablation of Bi-LoRA ([arXiv 2508.19564](https://arxiv.org/abs/2508.19564)): the second adapter "
+        "descended too. It is not in the file"
+    ),
+    "eflat-lora": (
+        "EFlat-LoRA ([arXiv 2508.00522](https://arxiv.org/abs/2508.00522)): trained under a running average of SAM "
+        "steps in the space of the weights"
+    ),
+    "flat-lora": (
+        "Flat-LoRA ([arXiv 2409.14396](https://arxiv.org/abs/2409.14396)): trained under random noise on the weights"
+    ),
+    "looksam": "LookSAM ([arXiv 2203.02714](https://arxiv.org/abs/2203.02714)) on the factors of a LoRA",
     "lora": "plain LoRA",
+    "lora-sam": "SAM ([arXiv 2010.01412](https://arxiv.org/abs/2010.01412)) on the factors of a LoRA",
+    "nbar": "LoRA-nBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
+    "obar": "LoRA-oBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
+    "rwp-full": "trained under random noise on the weights, the same amount from first to last step",
+    "rwp-lora": "trained under random noise on the factors of the LoRA",
+    "s2-sam": "S2-SAM on the factors of a LoRA: SAM along the gradient of the step before",
+}
+SETTINGS = {
+    "rho": "rho (size of the perturbation)",
+    "auxiliary_rank": "rank of the second adapter",
+    "ascent_share": "share of the rows in the ascent pass",
+    "ascent_every": "steps from one ascent pass to the next",
+    "sigma": "sigma (noise as a share of the norm)",
+    "sigma_schedule": "course of the noise",
+    "looksam_every": "steps from one second pass to the next",
+    "looksam_alpha": "weight of the direction used again",
+    "eflat_beta": "weight of the newest perturbation",
+    "bar_strength": "strength of the balancing, in learning rates",
+    "bar_schedule": "course of the balancing",
 }
 PART_NAMES = {"unet": "the UNet", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
 
@@ -159,8 +194,7 @@ def _training(facts: LoraFacts) -> str:
     prior = f" and {facts.num_class_images} class pictures" if facts.num_class_images else ""
     rows = {
         "rank / alpha": f"{facts.rank} / {facts.alpha:g}",
-        "rho (radius of the perturbation)": _rho(facts),
-        "rank of the second adapter": facts.auxiliary_rank,
+        **{SETTINGS[name]: _setting(facts, name) for name in SETTINGS if name in facts.settings},
         "adapted modules of the UNet": ", ".join(f"`{name}`" for name in facts.lora_layers or ()) or None,
         "pictures": None if facts.num_images is None else f"{facts.num_images}{prior}",
         "resolution": f"{facts.resolution} px" if facts.resolution else None,
@@ -182,12 +216,12 @@ def _training(facts: LoraFacts) -> str:
     return f"Method: {method}.\n\n| | |\n|---|---|\n{table}"
 
 
-def _rho(facts: LoraFacts) -> str | None:
-    if facts.rho is None and facts.rho_relative is None:
-        return None
-    absolute = None if facts.rho is None else f"{facts.rho:g}"
-    share = None if facts.rho_relative is None else f"{facts.rho_relative:g} of the adapted weights' norm"
-    return " = ".join(filter(None, (absolute, share)))
+def _setting(facts: LoraFacts, name: str) -> str:
+    value = facts.settings[name]
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if name == "rho" and facts.rho_relative is not None:
+        text += f" = {facts.rho_relative:g} of the adapted weights' norm"
+    return text
 
 
 def _rows_a_step(facts: LoraFacts) -> str | None:

@@ -20,18 +20,18 @@ Reference:
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bilora_diffusion.adapters import LowRank, product_norm, wide_dtype
+from bilora_diffusion.adapters import LowRank
 from bilora_diffusion.methods.ascent import Ascent
-from bilora_diffusion.methods.interface import MicroBatch, backward_each
+from bilora_diffusion.methods.ball import Ball
+from bilora_diffusion.methods.interface import Method
 
-__all__ = ["BiLoRA", "clip_to_ball"]
+__all__ = ["BiLoRA"]
 
 
-class BiLoRA:
-    """Primary and auxiliary in one pass.
+class BiLoRA(Method):
+    """Primary and auxiliary in one pass. The perturbation is always on: the auxiliary is an active adapter.
 
     Arguments:
         layers: the auxiliary over all parts; one ball holds them all.
@@ -39,60 +39,27 @@ class BiLoRA:
         ascent: makes the auxiliary's step before the clip.
     """
 
-    def __init__(self, layers: Sequence[LowRank], rho: float, ascent: Ascent) -> None:
-        self.layers = layers
-        self.rho = rho
-        self.ascent = ascent
-        self.parameters: list[nn.Parameter] = [p for layer in layers for p in (layer.A, layer.B)]
-        self.schedulable = ascent.schedulable
-        device = layers[0].A.device
-        # Counted on the device: a step need not wait for the host to know them.
-        self._norm = torch.zeros((), dtype=wide_dtype(device), device=device)
-        self._clipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._steps = 0
+    perturbs = True
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        return backward_each(micro_batches)
+    def __init__(self, layers: Sequence[LowRank], rho: float, ascent: Ascent) -> None:
+        super().__init__()
+        self.ball = Ball(layers, rho)
+        self.ascent = ascent
+        self.parameters = [p for layer in layers for p in (layer.A, layer.B)]
+        self.schedulable = list(ascent.schedulable)
 
     def after_step(self) -> None:
         self.ascent.step()
-        norm = clip_to_ball(self.layers, self.rho)
-        self._norm = norm.clamp_max(self.rho)
-        self._clipped += norm > self.rho
-        self._steps += 1
+        self.ball.clip()
         for parameter in self.parameters:
             parameter.grad = None  # no optimiser of the trainer's clears these
 
     def measures(self) -> dict[str, Tensor]:
-        return {
-            "c_over_rho": self._norm / self.rho if self.rho > 0 else self._norm,
-            "clipped_share": self._clipped / max(self._steps, 1),
-        }
+        return self.ball.measures()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "ascent": self.ascent.state_dict(),
-            "norm": self._norm,
-            "clipped": self._clipped,
-            "steps": self._steps,
-        }
+        return {"ascent": self.ascent.state_dict(), **self.ball.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.ascent.load_state_dict(state["ascent"])
-        self._norm = state["norm"].to(self._norm)
-        self._clipped = state["clipped"].to(self._clipped)
-        self._steps = state["steps"]
-
-
-@torch.no_grad()
-def clip_to_ball(layers: Sequence[LowRank], rho: float) -> Tensor:
-    """Scales every factor by sqrt(rho / c) where c > rho (Eq. 10), and by exactly 1 where it is not.
-
-    Returns:
-        c before the clip, a scalar on the layers' device.
-    """
-    norm = product_norm(layers)
-    radius = torch.full_like(norm, rho)
-    factor = torch.where(norm > radius, (radius / norm).sqrt(), 1.0).float()
-    torch._foreach_mul_([factor_ for layer in layers for factor_ in (layer.A, layer.B)], factor)
-    return norm
+        self.ball.load_state_dict(state)

@@ -1,0 +1,136 @@
+"""Random noise on the adapted weights that lives in the computation: no weight is changed, not even by rounding.
+
+    y = x W'^T + x N^T,    N_ij ~ std_i N(0, 1),    std_i = sigma ||W'_i|| / sqrt(n)
+
+for each output row i of the merged weight W' = W0 + s B A, n its number of inputs. N is drawn from a seed when the
+product is computed and drawn again when the gradient is, so that it takes the memory of one layer and works on any
+base, quantised ones and gradient checkpointing included. Its norm is sigma ||W'||_F on average.
+
+Reference:
+    Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape (Li et al., 2025), arXiv 2409.14396, Eq. 6-8.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from bilora_diffusion.adapters import PRIMARY, adapted_layers
+from bilora_diffusion.randomness import stream_seed
+
+__all__ = ["WeightNoise"]
+
+
+class WeightNoise:
+    """Noise on every layer that carries the primary.
+
+    Arguments:
+        models: the trained parts, the primary attached.
+        seed: the run's; the noise of a step depends on it, the step and the layer.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], seed: int) -> None:
+        self.seed = seed
+        self.layers = [
+            (f"{part}.{name}", layer) for part, model in models.items() for name, layer in adapted_layers(model)
+        ]
+        with torch.no_grad():
+            self._squares = [_weight(layer).square().sum(1) for _, layer in self.layers]  # ||W0_i||^2, never changes
+
+    @contextmanager
+    def on(self, step: int, sigma: float) -> Iterator[None]:
+        """Inside, every layer computes with the noise of this step, in the backward pass too.
+
+        Arguments:
+            sigma: the noise's norm as a share of the weights', at least 0.
+        """
+        handles = []
+        try:
+            if sigma > 0:
+                for (name, layer), squares in zip(self.layers, self._squares, strict=True):
+                    deviation = _row_norms(layer, squares) * (sigma / math.sqrt(_inputs(layer)))
+                    hook = _Hook(deviation, stream_seed(self.seed, "weight noise", name, step))
+                    handles.append(layer.register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Hook:
+    """Adds a layer's x N^T to what it gives."""
+
+    def __init__(self, deviation: Tensor, seed: int) -> None:
+        self.deviation = deviation
+        self.seed = seed
+
+    def __call__(self, layer: BaseTunerLayer, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + _NoiseProduct.apply(arguments[0].to(output.dtype), self.deviation, self.seed, layer)
+
+
+class _NoiseProduct(torch.autograd.Function):
+    """x N^T, or the convolution of x with N; N is drawn anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, deviation: Tensor, seed: int, layer: BaseTunerLayer) -> Tensor:
+        ctx.save_for_backward(deviation)
+        ctx.seed, ctx.layer, ctx.shape = seed, layer, x.shape
+        with torch.autocast(x.device.type, enabled=False):
+            noise = _noise(deviation, seed, layer, x.dtype)
+            base = layer.get_base_layer()
+            if noise.ndim == 2:
+                return linear(x, noise)
+            return conv2d(x, noise, None, base.stride, base.padding, base.dilation, base.groups)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (deviation,) = ctx.saved_tensors
+        with torch.autocast(gradient.device.type, enabled=False):
+            noise = _noise(deviation, ctx.seed, ctx.layer, gradient.dtype)
+            base = ctx.layer.get_base_layer()
+            if noise.ndim == 2:
+                return gradient @ noise, None, None, None
+            geometry = (base.stride, base.padding, base.dilation, base.groups)
+            return torch.nn.grad.conv2d_input(ctx.shape, noise, gradient, *geometry), None, None, None
+
+
+def _noise(deviation: Tensor, seed: int, layer: BaseTunerLayer, dtype: torch.dtype) -> Tensor:
+    """(out, in) or (out, in, k, k)."""
+    device = deviation.device
+    random = torch.Generator(device).manual_seed(seed)
+    drawn = torch.randn(len(deviation), _inputs(layer), generator=random, device=device)
+    return (drawn * deviation[:, None]).to(dtype).reshape(len(deviation), *_kernel(layer))
+
+
+def _kernel(layer: BaseTunerLayer) -> tuple[int, ...]:
+    """What follows `out` in the weight's shape. A quantised weight has another shape than it stands for."""
+    base = layer.get_base_layer()
+    return (base.in_features,) if hasattr(base, "in_features") else tuple(base.weight.shape[1:])
+
+
+def _inputs(layer: BaseTunerLayer) -> int:
+    return math.prod(_kernel(layer))
+
+
+def _weight(layer: BaseTunerLayer) -> Tensor:
+    """W0 as (out, inputs), float32."""
+    return dequantize_module_weight(layer.get_base_layer()).detach().flatten(1).float()
+
+
+@torch.no_grad()
+def _row_norms(layer: BaseTunerLayer, squares: Tensor) -> Tensor:
+    """||W'_i|| of the merged weight, (out,), float32.
+
+    ||W0_i + s B_i A||^2 = ||W0_i||^2 + s B_i . (2 W0_i A' + s B_i A A'), with products of rank r only.
+    """
+    if PRIMARY in layer.lora_magnitude_vector:
+        return layer.lora_magnitude_vector[PRIMARY].weight.detach().flatten().float().abs()  # a DoRA's rows have it
+    A = layer.lora_A[PRIMARY].weight.detach().flatten(1).float()
+    B = layer.lora_B[PRIMARY].weight.detach().flatten(1).float() * layer.scaling[PRIMARY]
+    return (squares + (B * (2 * _weight(layer) @ A.mT + B @ (A @ A.mT))).sum(1)).clamp_min(0).sqrt()

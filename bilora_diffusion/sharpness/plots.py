@@ -1,0 +1,59 @@
+"""The curves of a sharpness report as pictures."""
+
+from pathlib import Path
+from typing import Any
+
+from bilora_diffusion.atomic import atomic_write
+from bilora_diffusion.errors import UserError
+
+__all__ = ["draw", "need_matplotlib"]
+
+ENDINGS = ("png", "svg")
+
+
+def need_matplotlib() -> None:
+    """Raises: UserError: it is not installed; told before an hour of measuring."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "the plots need matplotlib: pip install 'bilora-diffusion[plots]', or give --no-plots"
+        ) from None
+
+
+def draw(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes `sharpness.png` and `.svg`, with `--run` also `course.png` and `.svg`; returns their paths."""
+    from matplotlib.figure import Figure
+
+    spaces = [space for space in ("lora", "full") if space in report]
+    figure = Figure(figsize=(5 * len(spaces), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(spaces), squeeze=False)
+    for column, space in enumerate(spaces):
+        random, worst = report[space]["random"], report[space]["worst_case"]
+        above, below = axes[0, column], axes[1, column]
+        for losses in random["losses"]:
+            above.plot(random["sizes"], losses, color="0.8", linewidth=1)
+        above.plot(random["sizes"], random["mean"], color="tab:blue")
+        above.set(title=f"{space}: random directions", xlabel="size (1 = the norm of each row)", ylabel="loss")
+        below.plot([0.0, *worst["sizes"]], [report["loss"], *worst["losses"]], color="tab:red", marker=".")
+        below.set(title=f"{space}: along the gradient", xlabel="length / norm of the weights", ylabel="loss")
+    written = _save(figure, folder, "sharpness")
+    if "course" in report:
+        course = report["course"]
+        figure = Figure(figsize=(5, 3.5), layout="constrained")
+        axis = figure.subplots()
+        for name in ("primary", "auxiliary"):
+            if name in course:
+                axis.plot(course["steps"], course[name], marker=".", label=name)
+        axis.set(xlabel="step", ylabel="cosine to the last checkpoint")
+        axis.legend()
+        written += _save(figure, folder, "course")
+    return written
+
+
+def _save(figure, folder: Path, name: str) -> list[Path]:
+    paths = [folder / f"{name}.{ending}" for ending in ENDINGS]
+    for path in paths:
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    return paths

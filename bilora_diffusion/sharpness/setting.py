@@ -1,0 +1,138 @@
+"""From a LoRA file, a base and a folder of pictures to landscapes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bilora_diffusion.adapters import adapted_layers
+from bilora_diffusion.bases import Base
+from bilora_diffusion.bases.quiet import quiet_libraries
+from bilora_diffusion.batches import Batch, BatchMaker, TrainingMicroBatch
+from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
+from bilora_diffusion.data.latents import CachedLatents
+from bilora_diffusion.data.pictures import find_pictures
+from bilora_diffusion.diffusion import Objective, build_objective
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.prompts import TokenizedPrompts
+from bilora_diffusion.sharpness.landscape import Landscape
+
+__all__ = ["Scene", "load_scene"]
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+ADAPTER = "measured"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The base with the LoRA on, and the draws its loss is measured on.
+
+    Arguments:
+        rank: the largest of the LoRA's layers.
+    """
+
+    models: dict[str, nn.Module]
+    objective: Objective
+    batches: list[Batch]
+    rank: int
+    layers: int
+
+    def lora(self) -> Landscape:
+        """Around the factors of the LoRA."""
+        points = [
+            factor[ADAPTER].weight
+            for model in self.models.values()
+            for _, layer in adapted_layers(model)
+            for factor in (layer.lora_A, layer.lora_B)
+        ]
+        return self._around(points)
+
+    def full(self) -> Landscape:
+        """Around the merged weights of the same layers. The LoRA is merged for good: ask for this last."""
+        points = []
+        for model in self.models.values():
+            for _, layer in adapted_layers(model):
+                if not layer.merged:
+                    with torch.no_grad():
+                        layer.merge()
+                points.append(layer.get_base_layer().weight)
+        return self._around(points)
+
+    def _around(self, points: Sequence[nn.Parameter]) -> Landscape:
+        for model in self.models.values():
+            model.requires_grad_(False)
+        for point in points:
+            point.requires_grad_(True)
+        share, scaler = 1 / len(self.batches), torch.amp.GradScaler("cpu", enabled=False)
+        micro_batches = [
+            TrainingMicroBatch(batch, self.models, self.objective, torch.float32, share, scaler)
+            for batch in self.batches
+        ]
+        return Landscape(points, micro_batches)
+
+
+def load_scene(
+    lora: Path,
+    base: Base,
+    data: Path,
+    *,
+    instance_prompt: str | None,
+    resolution: int | None,
+    draws: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Scene:
+    """Loads everything in float32; a loss that is measured to a thousandth needs it.
+
+    Arguments:
+        data: folder of pictures, with captions or `instance_prompt`.
+        draws: of (picture, timestep, noise), spread over the pictures.
+
+    Raises:
+        UserError: a file or folder is missing or not what it should be.
+    """
+    pictures, _ = find_pictures(str(data), instance_prompt=instance_prompt)
+    resolution = resolution or base.native_resolution()
+    dataset = DreamBoothDataset(pictures, resolution=resolution, center_crop=True, seed=seed)
+    vae = base.load("vae", dtype=torch.float32).vae.requires_grad_(False).to(device)
+    latents = CachedLatents(dataset, vae)
+    del vae
+    pipeline = base.load(*PARTS, dtype=torch.float32)
+    models = {part: getattr(pipeline, part).to(device).eval() for part in PARTS}
+    rank, layers = _put_on(pipeline, lora)
+    objective = build_objective(pipeline.scheduler)
+    make_batch = BatchMaker(
+        objective,
+        latents,
+        TokenizedPrompts(dataset.prompts(), (pipeline.tokenizer, pipeline.tokenizer_2)),
+        seed=seed,
+        resolution=resolution,
+        noise_offset=0.0,
+        prior_loss_weight=1.0,
+        device=device,
+    )
+    batches = [
+        make_batch(flatten([dataset[draw] for draw in range(first, min(first + batch_size, draws))]))
+        for first in range(0, draws, batch_size)
+    ]
+    return Scene(models, objective, batches, rank, layers)
+
+
+def _put_on(pipeline, lora: Path) -> tuple[int, int]:
+    if lora.suffix != ".safetensors":
+        raise UserError(f"{lora}: only .safetensors files are read, never pickles")
+    if not lora.is_file():
+        raise UserError(f"{lora}: no such file")
+    try:
+        with quiet_libraries():
+            pipeline.load_lora_weights(str(lora), adapter_name=ADAPTER)
+    except Exception as error:  # the loader raises many kinds, all of which say that the file does not fit
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{lora}: not a LoRA for this base ({reason})") from None
+    layers = [layer for part in PARTS for _, layer in adapted_layers(getattr(pipeline, part))]
+    if not layers:
+        raise UserError(f"{lora}: the file holds no LoRA layer of this base")
+    return max(layer.lora_A[ADAPTER].weight.shape[0] for layer in layers), len(layers)
