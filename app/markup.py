@@ -10,16 +10,18 @@ from typing import Any
 from PIL import Image
 
 from app.running import Status
+from bilora_diffusion.lora_files.description import METHOD_TITLES
 
 __all__ = ["comparison_table", "error", "facts_card", "note", "progress", "table"]
 
 CELL_PX = 320
 PREVIEW_PX = 256
+FIRST_FACTS = ("method", "rank", "alpha")
+"""What comes before the method's own settings, of which each method has others."""
 FACT_TITLES = {
     "method": "Method",
     "rank": "Rank",
     "alpha": "Alpha",
-    "rho": "rho",
     "base": "Base",
     "steps": "Steps",
     "instance_prompt": "Training prompt",
@@ -31,7 +33,6 @@ FACT_TITLES = {
     "author": "Author",
     "licence": "Licence",
 }
-METHODS = {"lora": "LoRA", "bilora": "Bi-LoRA"}
 
 
 def note(text: str) -> str:
@@ -66,25 +67,26 @@ def facts_card(loras: Sequence[Mapping[str, Any]]) -> str:
 
 def _facts_of(lora: Mapping[str, Any]) -> str:
     facts = dict(lora["facts"])
-    facts["method"] = METHODS.get(facts.get("method", ""), facts.get("method", "not said"))
+    facts["method"] = METHOD_TITLES.get(facts.get("method", ""), facts.get("method", "not said"))
     facts.setdefault("rank", ", ".join(map(str, lora["ranks"])))
     rows = [("File", lora["file"])]
     if "weight" in lora:
         rows.append(("Weight", f"{lora['weight']:g}"))
-    rows += [(title, _short(name, facts[name])) for name, title in FACT_TITLES.items() if name in facts]
+    settings = {name: name.replace("_", " ") for name in facts if name not in FACT_TITLES}
+    titles = {name: FACT_TITLES[name] for name in FIRST_FACTS} | settings | FACT_TITLES
+    rows += [(title, _short(facts[name])) for name, title in titles.items() if name in facts]
     layers = ", ".join(f"{part} {count}" for part, count in lora["layers"].items())
     rows.append(("Layers", f"{layers} ({lora['layout']} file, {lora['size_bytes'] / 2**20:.1f} MiB)"))
     cells = "".join(f"<dt>{escape(title)}</dt><dd>{escape(str(value))}</dd>" for title, value in rows)
     return f'<dl class="facts">{cells}</dl>'
 
 
-def _short(name: str, value: str) -> str:
-    if name in ("rho", "alpha"):
-        try:
-            return f"{float(value):.4g}"
-        except ValueError:
-            return value
-    return value
+def _short(value: str) -> str:
+    """A fraction in four digits."""
+    try:
+        return f"{float(value):.4g}" if "." in value else value
+    except ValueError:
+        return value
 
 
 def table(rows: Sequence[Mapping[str, str]], empty: str) -> str:

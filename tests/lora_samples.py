@@ -27,13 +27,25 @@ def write_lora(
     seed: int = 0,
     base: str = "embedded",
     instance_prompt: str = PROMPT,
+    targets: tuple[str, ...] | None = None,
+    use_dora: bool = False,
 ) -> Path:
     """Writes a run's two files, diffusers' and Kohya's, and leaves the pipeline bare; returns the first."""
     folder.mkdir(parents=True, exist_ok=True)
     models = {part: getattr(pipeline, part) for part in parts}
     draw = torch.Generator().manual_seed(seed)
     for part, model in models.items():
-        add_adapter(part, model, PRIMARY, rank=rank, scale=alpha / rank, init="gaussian", seed=seed)
+        add_adapter(
+            part,
+            model,
+            PRIMARY,
+            rank=rank,
+            scale=alpha / rank,
+            init="gaussian",
+            seed=seed,
+            targets=targets,
+            use_dora=use_dora,
+        )
         for name, parameter in parameters_of(model, PRIMARY).items():
             if "lora_B" in name:
                 parameter.data = 0.02 * torch.randn(parameter.shape, generator=draw)
@@ -43,7 +55,7 @@ def write_lora(
         method=method,
         rank=rank,
         alpha=alpha,
-        rho=1.5 if method == "bilora" else None,
+        settings={"rho": 1.5, "auxiliary_rank": 4} if method == "bilora" else {},
         steps=250,
         instance_prompt=instance_prompt,
         trained_parts=parts,
@@ -53,7 +65,8 @@ def write_lora(
         versions={"torch": torch.__version__},
     )
     save_diffusers(folder / DIFFUSERS_FILE, models, metadata=bilora_metadata(facts))
-    save_kohya(folder / KOHYA_FILE, models, facts=facts)
+    if not use_dora:  # no Kohya file can hold it
+        save_kohya(folder / KOHYA_FILE, models, facts=facts)
     for model in models.values():
         strip_adapters(model)
     return folder / DIFFUSERS_FILE

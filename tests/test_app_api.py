@@ -213,3 +213,32 @@ def test_uploads_of_the_api_stay_uploads(client: Client, tmp_path: Path) -> None
     path.write_bytes(b"x")
     with pytest.raises(AppError):
         client.predict(prompt=PROMPT, loras=[{"file": handle_file(str(path))}], api_name="/generate")
+
+
+def test_the_base_can_be_switched(tmp_path: Path) -> None:
+    """And back: the first one's picture is the same again."""
+    outputs = write_outputs(tmp_path / "outputs")
+    with serve(outputs, bases=("embedded", "tiny-random")) as running:
+        one = Client(running.url, verbose=False, download_files=str(tmp_path))
+        values = {"prompt": PROMPT, "steps": 2, "api_name": "/generate"}
+        first = pixels(one.predict(**values)[0][0])
+        other, settings = one.predict(**values, base="tiny-random")
+        assert pixels(other[0]) != first and settings[0]["base"] == "tiny-random"
+        assert pixels(one.predict(**values, base="embedded")[0][0]) == first
+        text = refusal(one, "/generate", prompt=PROMPT, base="tiny-random", loras=[PLAIN])
+        assert "is for another base" in text and "unet." in text
+        assert pixels(one.predict(**values)[0][0]) == first
+
+
+def test_a_password_is_asked_for_everything(tmp_path: Path) -> None:
+    outputs = write_outputs(tmp_path / "outputs")
+    with serve(outputs, auth=("me", "secret")) as running:
+        for route in ("config", "gradio_api/info", f"gradio_api/file={outputs}/plain/config.yaml"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{running.url}/{route}")
+            assert refused.value.code in (401, 403, 404)
+        assert "error" in call(running, 0, [PROMPT])
+        with pytest.raises(Exception, match=r"(?i)auth|credentials|401"):
+            Client(running.url, verbose=False)
+        one = Client(running.url, verbose=False, auth=("me", "secret"), download_files=str(tmp_path))
+        assert len(one.predict(api_name="/loras")) == 4

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import threading
 import time
@@ -90,6 +91,40 @@ def test_a_fresh_engine_and_the_pipelines_own_loader_draw_the_same(engine: Engin
 def test_both_formats_draw_the_same(run: str, engine: Engine, outputs: Path) -> None:
     one, other = (draw(engine, (outputs / run / name, 1)) for name in (DIFFUSERS_FILE, KOHYA_FILE))
     assert one == other
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"targets": ("conv1", "to_q", "proj_in")}], ids=["dora", "conv"]
+)
+def test_other_kinds_of_layers(options: dict, engine: Engine, tmp_path: Path) -> None:
+    base = draw(engine)
+    path = write_lora(tmp_path / "run", Base("embedded").load(*PARTS), **options)
+    drawn = draw(engine, (path, 1))
+    pipeline = Base("embedded").load(*PARTS)
+    pipeline.load_lora_weights(str(path))
+    use_sampling_scheduler(pipeline)
+    sampling = {"numbers": (0,), "seed": 5, "resolution": 64, "steps": 3, "load_vae": lambda: pipeline.vae}
+    # A convolution's sums may round by where its weights lie in memory.
+    assert apart(sample_pictures(pipeline, PROMPT, **sampling)[0].tobytes(), drawn) <= 1
+    assert apart(drawn, base) > 10
+    assert draw(engine) == base and draw(engine, (path, 1)) == drawn
+    if (path.parent / KOHYA_FILE).exists():
+        assert apart(draw(engine, (path.parent / KOHYA_FILE, 1)), drawn) <= 1
+
+
+def test_the_spelling_of_older_files(engine: Engine, tmp_path: Path) -> None:
+    """That of diffusers' first LoRA files; no alpha, so it is the rank."""
+    path = write_lora(tmp_path / "run", Base("embedded").load(*PARTS), rank=2, alpha=2)
+    old = {}
+    for key, tensor in load_file(path).items():
+        module, kind = re.fullmatch(r"(unet\..+)\.lora_([AB])\.weight", key).groups()
+        block, _, name = module.removesuffix(".0").rpartition(".")
+        old[f"{block}.processor.{name}_lora.{'down' if kind == 'A' else 'up'}.weight"] = tensor
+    save_file(old, tmp_path / "old.safetensors")
+    assert draw(engine, (tmp_path / "old.safetensors", 1)) == draw(engine, (path, 1))
+    # Without the part's name the loader would pass over all of them.
+    save_file({key.removeprefix("unet."): tensor for key, tensor in old.items()}, tmp_path / "partless.safetensors")
+    assert "holds no layer" in refused(engine, tmp_path / "partless.safetensors")
 
 
 def test_weights_add_up(engine: Engine, outputs: Path, tmp_path: Path) -> None:

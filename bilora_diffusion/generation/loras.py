@@ -84,8 +84,6 @@ def activate(models: Mapping[str, nn.Module], weights: Mapping[str, float]) -> N
 
 def _layers_in(tensors: Mapping[str, Tensor], models: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Any]]:
     """(part, module) -> its shapes {A, B}, as the loader will understand a file's names."""
-    if not any(key.startswith(tuple(f"{part}." for part in PARTS)) for key in tensors):
-        tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}  # a UNet's LoRA alone, as old files are
     found: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
     for part in PARTS:
         own = {key.removeprefix(f"{part}."): one for key, one in tensors.items() if key.startswith(f"{part}.")}

@@ -20,7 +20,20 @@ from bilora_diffusion.flags import show
 
 __all__ = ["METHOD_TITLES", "LoraDescription", "describe"]
 
-METHOD_TITLES = {"lora": "LoRA", "bilora": "Bi-LoRA"}
+METHOD_TITLES = {
+    "lora": "LoRA",
+    "bilora": "Bi-LoRA",
+    "bilora-fresh": "Bi-LoRA fresh",
+    "dual-lora": "Dual-LoRA",
+    "flat-lora": "Flat-LoRA",
+    "eflat-lora": "EFlat-LoRA",
+    "lora-sam": "LoRA-SAM",
+    "looksam": "LookSAM",
+    "s2-sam": "S2-SAM",
+    "obar": "LoRA-oBAR",
+    "nbar": "LoRA-nBAR",
+}
+"""As they stand above pictures; other methods under their own names."""
 MOST_HEADER_BYTES = 32 * 2**20
 MOST_TEXT = 300  # of one entry of the metadata, as shown
 
@@ -148,9 +161,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "method": ("bilora_method",),
     "rank": ("bilora_rank", "ss_network_dim"),
     "alpha": ("bilora_alpha", "ss_network_alpha"),
-    "rho": ("bilora_rho",),
-    "rho_relative": ("bilora_rho_relative",),
-    "auxiliary_rank": ("bilora_auxiliary_rank",),
     "base": ("bilora_base", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
     "steps": ("bilora_steps", "ss_steps", "ss_max_train_steps"),
     "instance_prompt": ("bilora_instance_prompt", "modelspec.trigger_phrase"),
@@ -164,12 +174,20 @@ SOURCES: dict[str, tuple[str, ...]] = {
 }
 
 
+OUR_PREFIX = "bilora_"
+NOT_SHOWN = ("version", "versions", "trained_parts")  # told otherwise, or of no use to a person
+
+
 def _facts(metadata: Mapping[str, str]) -> dict[str, str]:
     facts = {}
     for name, entries in SOURCES.items():
         value = next((metadata[entry] for entry in entries if metadata.get(entry) not in (None, "", "None")), None)
         if value is not None:
             facts[name] = _one_line(str(value))
+    for entry in sorted(metadata):  # a method's own settings: rho, auxiliary_rank, ...
+        name = entry.removeprefix(OUR_PREFIX)
+        if name != entry and name not in (*SOURCES, *NOT_SHOWN):
+            facts[name] = _one_line(metadata[entry])
     adapter = _json_object(metadata.get("lora_adapter_metadata"))
     for name, entry in (("rank", "r"), ("alpha", "lora_alpha")):
         values = {
