@@ -28,4 +28,8 @@ def build(services: Services) -> gr.Blocks:
                 compare = CompareTab(services)
             with gr.Tab("Runs", id="runs"):
                 RunsTab(services, tabs, generate, compare)
+        for tab in (generate, compare):  # a page that is opened later knows the files that are there by then
+            blocks.load(
+                tab.opened, outputs=[slot.file for slot in tab.slots], api_visibility="private", show_progress="hidden"
+            )
     return blocks.queue(default_concurrency_limit=MOST_AT_ONCE)

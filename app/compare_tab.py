@@ -15,6 +15,7 @@ from app.services import Compared, Services, Tell
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import show
 from bilora_diffusion.generation.comparison import (
+    MOST_COLUMNS,
     SWEPT,
     ComparedColumn,
     ComparisonSettings,
@@ -49,16 +50,8 @@ class CompareTab:
     def _lay_out_inputs(self) -> None:
         self.prompts = gr.Textbox("", label="Prompts, one a line", lines=3, elem_id="compare-prompts")
         self.seeds = gr.Textbox("0", label="Seeds, with commas", elem_id="compare-seeds")
-        starts = ["", newest_of_method(self.services, "lora"), newest_of_method(self.services, "bilora"), None]
-        self.slots = [
-            lora_slot(
-                self.services,
-                f"Column {number + 1}",
-                NO_COLUMN if start is None and number > 1 else start or "",
-                FIRST_CHOICES,
-            )
-            for number, start in enumerate(starts)
-        ]
+        starts = enumerate(self.starts(), start=1)
+        self.slots = [lora_slot(self.services, f"Column {number}", start, FIRST_CHOICES) for number, start in starts]
         with gr.Accordion("Sweep", open=False):
             self.variable = gr.Dropdown([NO_SWEEP, *SWEPT], value=NO_SWEEP, label="From row to row changes")
             self.values = gr.Textbox(
@@ -165,6 +158,18 @@ class CompareTab:
     def stop(self, request: gr.Request) -> None:
         """Ends the comparison of this browser."""
         self.services.cancellations.cancel(request.session_hash)
+
+    def starts(self) -> list[str]:
+        """What the columns begin with: base, the newest plain LoRA, the newest Bi-LoRA; at least two columns."""
+        found = [newest_of_method(self.services, method) for method in ("lora", "bilora")]
+        columns = ["", *(file for file in found if file)]
+        columns += [""] * (2 - len(columns))
+        return columns + [NO_COLUMN] * (MOST_COLUMNS - len(columns))
+
+    def opened(self) -> list[dict]:
+        """For a page that is opened: the files that are there now, and what the columns begin with."""
+        updates = zip(self.renew_choices(), self.starts(), strict=True)
+        return [update | {"value": start} for update, start in updates]
 
     def renew_choices(self) -> list[dict]:
         """The files that are there now, for every column."""

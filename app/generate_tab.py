@@ -130,6 +130,10 @@ class GenerateTab:
         """Ends the pictures of this browser."""
         self.services.cancellations.cancel(request.session_hash)
 
+    def opened(self) -> list[dict]:
+        """For a page that is opened: as `renew_choices`."""
+        return self.renew_choices()
+
     def renew_choices(self) -> list[dict]:
         """The files that are there now, for every slot."""
         return [gr.update(choices=lora_choices(self.services)) for _ in self.slots]

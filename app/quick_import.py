@@ -4,6 +4,7 @@ For each of its components Gradio parses its own source and renews a stub for ed
 that, and in a read-only installation it could not be written either. Gradio skips it for a class that has no file.
 """
 
+import gc
 import inspect
 import sys
 from typing import Any
@@ -23,5 +24,11 @@ def import_gradio() -> None:
             raise OSError
         return getfile(thing)
 
-    with mock.patch.object(inspect, "getfile", no_file_for_stubs):
-        import gradio  # noqa: F401
+    collecting = gc.isenabled()
+    gc.disable()  # nothing that an import makes is garbage; looking for some takes a tenth of the time
+    try:
+        with mock.patch.object(inspect, "getfile", no_file_for_stubs):
+            import gradio  # noqa: F401
+    finally:
+        if collecting:
+            gc.enable()

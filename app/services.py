@@ -74,7 +74,8 @@ class Services:
 
     def __init__(self, options: Options, folder: Path | None = None) -> None:
         self.options = options
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="bilora_app_"))
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="bilora_app_")  # goes with the app
+        self.folder = folder or Path(self._temporary.name)
         self.files = LoraFiles(_named(options) | {UPLOADS: self.folder / "uploads"})
         self.cancellations = Cancellations()
         self._bases = {_shown_name(base): base for base in options.bases}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -197,6 +198,24 @@ def test_bad_files_are_told_and_the_app_goes_on(page, tmp_path: Path) -> None:
         assert page.locator("#status .error").count() == 1
     screenshot(page, "bad_file")
     generate(page)
+
+
+def test_a_page_knows_the_files_of_the_moment(server: Server, browser: Callable, tmp_path: Path) -> None:
+    """Also those that came after the app was started."""
+    with serve(tmp_path / "outputs") as empty:
+        (tmp_path / "outputs").mkdir(exist_ok=True)
+        page = browser(empty.url)
+        page.get_by_role("tab", name="Compare").click()
+        columns = page.get_by_label(re.compile("^Column [1-4]$"))
+        names = "[...document.querySelectorAll('input')].map((one) => one.value)"
+        page.wait_for_function(f"{names}.filter((one) => one === 'base (no LoRA)').length === 2")
+        shutil.copytree(server.outputs / "plain", tmp_path / "outputs" / "plain")
+        shutil.copytree(server.outputs / "both", tmp_path / "outputs" / "both")
+        page.reload()
+        page.get_by_role("tab", name="Compare").click()
+        page.wait_for_function(f"{names}.includes('LoRA: plain') && {names}.includes('Bi-LoRA: both')")
+        assert columns.count() >= 4
+        page.context.close()
 
 
 def test_an_uploaded_lora_draws(page, server: Server, tmp_path: Path) -> None:
