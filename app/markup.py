@@ -26,6 +26,7 @@ FACT_TITLES = {
     "steps": "Steps",
     "instance_prompt": "Training prompt",
     "resolution": "Resolution",
+    "prediction_type": "Prediction",
     "seed": "Seed",
     "trained_at": "Trained",
     "versions": "With",

@@ -127,6 +127,31 @@ def test_the_spelling_of_older_files(engine: Engine, tmp_path: Path) -> None:
     assert "holds no layer" in refused(engine, tmp_path / "partless.safetensors")
 
 
+def test_layers_that_the_loader_passes_over_are_told(
+    engine: Engine, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers has lost layers of files that mix spellings; a picture by a part of a file would be a lie."""
+    base, pipeline = draw(engine), engine.load()
+    whole = pipeline.load_lora_weights
+
+    def lossy(path: str, **options: object) -> None:
+        tensors = load_file(path)
+        lost = next(iter(tensors)).rsplit(".", 2)[0]
+        whole({key: one for key, one in tensors.items() if not key.startswith(f"{lost}.")}, **options)
+
+    monkeypatch.setattr(pipeline, "load_lora_weights", lossy)
+    text = refused(engine, copied(outputs / "plain" / DIFFUSERS_FILE, "lossy"))
+    assert "holds 56 layers, of which the loader took 55" in text
+    monkeypatch.undo()
+    assert draw(engine) == base
+
+
+def copied(path: Path, stem: str) -> Path:
+    copy = path.with_name(f"{stem}.safetensors")
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
 def test_weights_add_up(engine: Engine, outputs: Path, tmp_path: Path) -> None:
     plain = outputs / "plain" / DIFFUSERS_FILE
     copy = tmp_path / "copy.safetensors"
@@ -198,6 +223,13 @@ def test_every_scheduler_draws_the_icon(engine: Engine) -> None:
         alike = np.corrcoef(picture, pictures["DPM++ 2M"])[0, 1]
         assert alike > 0.7, (name, alike)
     assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
+
+
+def test_a_scheduler_leaves_no_trace(engine: Engine) -> None:
+    before = draw(engine)
+    for name in SCHEDULERS:
+        draw(engine, settings=PictureSettings(prompt=PROMPT, steps=2, scheduler=name))
+        assert draw(engine) == before, name
 
 
 def test_reports_and_previews_change_nothing(engine: Engine) -> None:
