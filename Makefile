@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo setup test test-slow lint format flags clean
+.PHONY: demo app app-picture setup test test-slow lint format flags clean
 
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -12,6 +12,9 @@ demo: setup  ## train LoRA and Bi-LoRA on 23 3D icons, draw base | LoRA | Bi-LoR
 	$(LAUNCH) train_dreambooth_bilora.py --config configs/quickstart.yaml --method lora --output_dir outputs/quickstart_lora
 	$(LAUNCH) train_dreambooth_bilora.py --config configs/quickstart.yaml
 	$(BIN)/python -m bilora_diffusion.demo outputs/quickstart_lora outputs/quickstart
+
+app: setup  ## open the app at http://127.0.0.1:7860; ARGS="--base ... --lora_dir ..." are handed on
+	$(BIN)/python -m app $(ARGS)
 
 setup: $(READY)  ## .venv with the tested versions
 
@@ -36,6 +39,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+app-picture: setup  ## take the README's picture of the app again, from what `make demo` trained
+	$(BIN)/python tests/readme_picture.py
 
 flags: setup  ## rewrite docs/flags.md from the configuration
 	$(BIN)/python -m bilora_diffusion.command_line > docs/flags.md

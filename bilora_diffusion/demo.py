@@ -6,14 +6,13 @@ python -m bilora_diffusion.demo outputs/quickstart_lora outputs/quickstart
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from bilora_diffusion.atomic import atomic_write
 from bilora_diffusion.bases import PARTS, Base
@@ -23,27 +22,15 @@ from bilora_diffusion.embedded.icons import SOLID_STYLE, slug
 from bilora_diffusion.embedded.lists import LIKE_THE_PAPER
 from bilora_diffusion.embedded.words import concept_caption
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.grid import Column, grid
+from bilora_diffusion.lora_files.description import METHOD_TITLES
 from bilora_diffusion.run_folder import CONFIG_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from bilora_diffusion.sampling import sample_pictures, use_sampling_scheduler
 
-__all__ = ["Column", "grid", "main"]
+__all__ = ["main"]
 
 GRID_FILE = "comparison.png"
-LABEL_PX = 22
-LEAST_SIDE_PX = 160  # the embedded base draws 64 px; smaller cells than this cannot be looked at
-METHODS = {"lora": "LoRA", "bilora": "Bi-LoRA"}
 SHARED = ("pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path", "resolution")
-
-
-@dataclass(frozen=True)
-class Column:
-    """Arguments:
-    label: stands above.
-    pictures: from top to bottom.
-    """
-
-    label: str
-    pictures: Sequence[Image.Image]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +91,7 @@ def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, ste
     for folder, run in zip(folders, configs, strict=True):
         with quiet_libraries():
             pipeline.load_lora_weights(str(folder / DIFFUSERS_FILE))
-        label = METHODS.get(run["method"], run["method"])
+        label = METHOD_TITLES.get(run["method"], run["method"])
         if sum(other["method"] == run["method"] for other in configs) > 1:
             label = f"{label} ({folder.name})"
         columns.append(Column(label, _sample(pipeline, prompts, count, steps, guidance_scale, config)))
@@ -151,29 +138,6 @@ def _sample(
 def _solid_icon(name: str) -> Image.Image:
     with Image.open(ICONS_FOLDER / SOLID_STYLE / f"{slug(name)}.png") as picture:
         return picture.convert("RGB")
-
-
-def grid(columns: Sequence[Column], rows: Sequence[str] = ()) -> Image.Image:
-    """Labelled columns of equally large pictures.
-
-    Arguments:
-        rows: what stands to the left of each row; empty for nothing.
-    """
-    side = max(LEAST_SIDE_PX, columns[0].pictures[0].width)
-    font = ImageFont.load_default(14)
-    margin = 12 + max((round(font.getlength(row)) for row in rows), default=-12)
-    height = max(len(column.pictures) for column in columns)
-    sheet = Image.new("RGB", (margin + side * len(columns), LABEL_PX + side * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, row in enumerate(rows):
-        pen.text((6, LABEL_PX + side * number + side // 2 - 8), row, fill="black", font=font)
-    for number, column in enumerate(columns):
-        left = margin + number * side
-        pen.text((left + 6, 3), column.label, fill="black", font=font)
-        for row, picture in enumerate(column.pictures):
-            enlarged = picture.resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(enlarged, (left, LABEL_PX + row * side))
-    return sheet
 
 
 if __name__ == "__main__":

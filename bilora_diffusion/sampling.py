@@ -58,24 +58,33 @@ def sample_pictures(
     *,
     numbers: Sequence[int],
     seed: int,
-    resolution: int,
+    resolution: int | tuple[int, int],
     load_vae: Callable[[], nn.Module],
     steps: int = 25,
     guidance_scale: float = 5.0,
     batch_size: int = 1,
+    negative_prompt: str | None = None,
+    after_step: Callable[[int, Tensor], None] | None = None,
 ) -> list[Image.Image]:
-    """Square pictures of one prompt.
+    """Pictures of one prompt.
 
     Arguments:
         pipeline: its VAE is not used; with text encoders if the prompt is text. Its scheduler is used as it is.
         numbers: one a picture; picture i starts from the noise of (seed, i), whatever the batch size.
-        resolution: side in pixels.
+        resolution: side in pixels, or (width, height).
         load_vae: gives the VAE, in float32 on the device; called once, after the UNet is done.
         steps: denoising steps; 25 is the stock script's.
         guidance_scale: of classifier-free guidance; 5 is the pipeline's own.
+        negative_prompt: what to keep away from, if the prompt is text; None is the base's own way to have none.
+        after_step: called with the number of steps done and the latents (B, 4, H/8, W/8), noise and all.
     """
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
-    arguments = {"prompt": prompt} if isinstance(prompt, str) else prompt.arguments(device, dtype)
+    width, height = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    arguments: dict = prompt.arguments(device, dtype) if isinstance(prompt, PromptEmbeddings) else {"prompt": prompt}
+    if negative_prompt is not None:
+        arguments["negative_prompt"] = negative_prompt
+    if after_step is not None:
+        arguments["callback_on_step_end"] = _calling(after_step)
     pipeline.set_progress_bar_config(disable=True)
     latents: list[Tensor] = []
     with _evaluation_mode(pipeline):
@@ -86,13 +95,23 @@ def sample_pictures(
                 num_images_per_prompt=len(group),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
-                height=resolution,
-                width=resolution,
+                height=height,
+                width=width,
                 generator=[generator(seed, "sample", number) for number in group],
                 output_type="latent",
             ).images
             latents.extend(batch.float())
     return decode(load_vae(), latents)
+
+
+def _calling(after_step: Callable[[int, Tensor], None]) -> Callable:
+    """As the pipeline calls back: numbers from 0, and the latents among its tensors."""
+
+    def callback(_pipeline, number: int, _timestep, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        after_step(number + 1, tensors["latents"])
+        return {}
+
+    return callback
 
 
 @contextmanager

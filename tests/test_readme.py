@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from bilora_diffusion import demo
+from bilora_diffusion import demo, grid
 from bilora_diffusion.bases.tiny import tiny_random_folder
 from bilora_diffusion.cli import main
 from bilora_diffusion.command_line import parse
@@ -110,12 +110,12 @@ def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     files = [demo.DIFFUSERS_FILE, demo.KOHYA_FILE]
     assert [path.name for path in paths] == [*files, *files, demo.GRID_FILE] and paths[-1].parent == both
     assert all(path.exists() for path in paths)
-    side, sheet = demo.LEAST_SIDE_PX, Image.open(paths[-1])
-    assert sheet.height == demo.LABEL_PX + 6 * side
+    side, sheet = grid.LEAST_SIDE_PX, Image.open(paths[-1])
+    assert sheet.height == grid.LABEL_PX + 6 * side
     margin = sheet.width - 4 * side
     assert 0 < margin < side
     # The last column is the true icons; the others differ from it and from each other.
-    cells = [sheet.crop((margin + n * side, demo.LABEL_PX, margin + (n + 1) * side, sheet.height)) for n in range(4)]
+    cells = [sheet.crop((margin + n * side, grid.LABEL_PX, margin + (n + 1) * side, sheet.height)) for n in range(4)]
     with Image.open(demo.ICONS_FOLDER / "fluent-3d" / "rabbit.png") as rabbit:
         true = rabbit.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     assert cells[3].crop((0, 0, side, side)).tobytes() == true.tobytes()
@@ -129,10 +129,10 @@ def test_the_demonstration_on_another_base(
     assert main(["--config", "configs/quickstart.yaml", *small(tmp_path)]) == 0
     capsys.readouterr()
     assert demo.main([str(tmp_path), "--count", "2", "--steps", "1"]) == 0
-    side = demo.LEAST_SIDE_PX
-    assert Image.open(tmp_path / demo.GRID_FILE).size == (2 * side, 2 * side + demo.LABEL_PX)
+    side = grid.LEAST_SIDE_PX
+    assert Image.open(tmp_path / demo.GRID_FILE).size == (2 * side, 2 * side + grid.LABEL_PX)
     assert demo.main([str(tmp_path), "--steps", "1", "--prompt", "a cat", "a dog", "a cow"]) == 0
-    assert Image.open(tmp_path / demo.GRID_FILE).size == (2 * side, 3 * side + demo.LABEL_PX)
+    assert Image.open(tmp_path / demo.GRID_FILE).size == (2 * side, 3 * side + grid.LABEL_PX)
     capsys.readouterr()
     for words, told in (([tmp_path / "nothing"], "no finished run"), ([tmp_path, "--steps", "0"], "--steps is 0")):
         assert demo.main([*map(str, words)]) == 2
