@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo app app-picture setup test test-slow lint format flags clean
+.PHONY: demo app app-picture setup test test-slow benchmark-quality lint format flags clean
 
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -39,6 +39,13 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+benchmark-quality: setup  ## all methods on the embedded base: hours on two cores, goes on where it stopped
+	for stage in choose measure; do \
+		$(BIN)/python -m benchmarks.quality $$stage --part 1/2 & one=$$!; \
+		$(BIN)/python -m benchmarks.quality $$stage --part 2/2 && wait $$one || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.quality report
 
 app-picture: setup  ## take the README's picture of the app again, from what `make demo` trained
 	$(BIN)/python tests/readme_picture.py

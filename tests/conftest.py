@@ -21,7 +21,12 @@ from bilora_diffusion.bases.tiny import build_tiny_random
 
 def pytest_sessionstart() -> None:
     torch.set_num_threads(1)
-    # The libraries' million objects need not be walked each time that `assemble` frees memory.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """What a module's tests have imported need not be walked each time that `assemble` frees memory: a million
+    objects with the libraries, as many again with the app's."""
     gc.collect()
     gc.freeze()
 

@@ -177,7 +177,7 @@ def test_the_scorer_knows_unseen_icons(shipped: Icons) -> None:
     scorer = Scorer.shipped()
     scores = held_out_scores(scorer, shipped, unseen)
     assert scores["top_1"] > 20 * scores["chance_top_1"]
-    assert scores["style"] > 0.5  # chance is a quarter
+    assert scores["style"] > 0.4  # chance is a quarter
     record = json.loads((BASE_FOLDER / "build.json").read_text())["scorer"]["held_out"]
     assert scores == pytest.approx(record, abs=0.02)  # the record was made in float32
     rabbit = shipped.pixels[SOLID_STYLE][shipped.rows(["rabbit", "cloud"])]
