@@ -48,7 +48,7 @@ benchmark-quality: setup  ## all methods on the embedded base: hours on two core
 	$(BIN)/python -m benchmarks.quality report
 
 app-picture: setup  ## take the README's picture of the app again, from what `make demo` trained
-	$(BIN)/python tests/readme_picture.py
+	PYTHONPATH=. $(BIN)/python tests/readme_picture.py
 
 flags: setup  ## rewrite docs/flags.md from the configuration
 	$(BIN)/python -m bilora_diffusion.command_line > docs/flags.md
