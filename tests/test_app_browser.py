@@ -46,8 +46,13 @@ def wait_for(page, area: str, text: str) -> None:
 
 def set_number(page, area: str, value: int) -> None:
     field = page.locator(f"{area} input[type=number]")
-    field.fill(str(value))
-    field.press("Tab")
+    for _ in range(5):  # a section that is just opening still writes its defaults into its fields
+        field.fill(str(value))
+        field.press("Tab")
+        page.wait_for_timeout(200)
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"{area} does not keep {value}")
 
 
 def choose(page, label: str, option: str) -> None:

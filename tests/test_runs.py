@@ -207,7 +207,10 @@ def test_a_filled_form_is_the_command_line(monkeypatch: pytest.MonkeyPatch) -> N
     values = [filled.get(name, value) for name, value in zip(FORM_FLAGS, empty, strict=True)]
     config = parse(words_from(preset, values))
     assert (config.rank, config.method, config.use_dora) == (8, "lora", True)
-    assert config.instance_prompt == "--a 'b' \"c\"" and config.max_train_steps == 250
+    assert (
+        config.instance_prompt == "--a 'b' \"c\""
+        and config.max_train_steps == parse(["--config", preset]).max_train_steps
+    )
 
 
 def test_a_run_that_fails_at_once_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
