@@ -3,13 +3,14 @@
 Two spaces: `lora`, the factors A and B of every layer, and `full`, the merged weights W0 + s B A of the same layers.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from bilora_diffusion.methods import MicroBatch
+from bilora_diffusion.methods.displacement import displaced
 
 __all__ = ["SPACES", "Landscape", "norm"]
 
@@ -44,16 +45,9 @@ class Landscape:
             point.grad = None
         return found
 
-    @contextmanager
-    def displaced(self, direction: Sequence[Tensor], size: float) -> Iterator[None]:
+    def displaced(self, direction: Sequence[Tensor], size: float) -> AbstractContextManager[None]:
         """Inside, every point is moved by `size` times its direction; after it, it has its old bits."""
-        values = [point.data for point in self.points]
-        kept = [value.clone() for value in values]
-        try:
-            torch._foreach_add_(values, list(direction), alpha=size)
-            yield
-        finally:
-            torch._foreach_copy_(values, kept)
+        return displaced(self.points, direction, size)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
