@@ -30,21 +30,23 @@ from bilora_diffusion.sampling import sample_pictures, use_sampling_scheduler
 __all__ = ["main"]
 
 GRID_FILE = "comparison.png"
+TRAINED_ON = ("rat", "grinning cat")
+"""Shown above the unseen icons: a LoRA that draws these and not those has learned its pictures, not their style."""
 SHARED = ("pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path", "resolution")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the paths of the LoRA files and of the grid."""
-    parser = argparse.ArgumentParser(description="Draws base | LoRA for finished runs, all from the same noise.")
+    parser = argparse.ArgumentParser(description="Draws base | LoRA for finished runs: each row from noise of its own, the same in all columns.")
     parser.add_argument("folders", type=Path, nargs="+", help="the runs' --output_dir; the last is given the grid")
     parser.add_argument(
         "--prompt",
         nargs="+",
         help="a row each; default: on the embedded base icons that the LoRA has not seen, else the run's prompt",
     )
-    parser.add_argument("--count", type=int, default=1, help="pictures a prompt, from different noise")
+    parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=2.5, help="1 is none")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="1 is none")
     arguments = parser.parse_args(argv)
     try:
         for flag in ("count", "steps"):
@@ -81,7 +83,7 @@ def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, ste
         cache_dir=config["cache_dir"],
         vae=config["pretrained_vae_model_name_or_path"],
     )
-    names = LIKE_THE_PAPER if base.name == EMBEDDED and prompts is None else ()
+    names = (*TRAINED_ON, *LIKE_THE_PAPER) if base.name == EMBEDDED and prompts is None else ()
     prompts = [concept_caption(name) for name in names] or prompts or [config["instance_prompt"] or ""]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -98,9 +100,10 @@ def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, ste
         pipeline.unload_lora_weights()
     if names:
         columns.append(Column("true 3D icon", [_solid_icon(name) for name in names for _ in range(count)]))
+    titles = [f"{name} (trained on)" if name in TRAINED_ON else name for name in names for _ in range(count)]
     path = folders[-1] / GRID_FILE
     with atomic_write(path) as temporary:
-        grid(columns, [name for name in names for _ in range(count)]).save(temporary, format="PNG")
+        grid(columns, titles).save(temporary, format="PNG")
     return path
 
 
@@ -121,11 +124,11 @@ def _sample(
     vae = pipeline.vae
     return [
         picture
-        for prompt in prompts
+        for row, prompt in enumerate(prompts)
         for picture in sample_pictures(
             pipeline,
             prompt,
-            numbers=range(count),
+            numbers=range(row * count, (row + 1) * count),
             seed=config["seed"],
             resolution=config["resolution"],
             load_vae=lambda: vae,

@@ -11,7 +11,7 @@ from bilora_diffusion.lora_files.facts import LoraFacts, bilora_metadata
 from bilora_diffusion.lora_files.kohya import KOHYA_FILE, save_kohya
 from bilora_diffusion.lora_files.verification import strip_adapters
 
-PROMPT = "a TOK icon of a lion, in the style of TOK"
+PROMPT = "a fluent icon of a lion, in the style of TOK"
 UNET_ONLY = ("unet",)
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 

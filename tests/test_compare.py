@@ -194,10 +194,10 @@ def test_numbers_mean_what_they_say() -> None:
     with Image.open(name) as file:
         avocado = file.convert("RGB")
     training = judge.images(pictures)
-    score, likeness, nearest = measure(judge, [avocado], ["a TOK icon of a avocado"], training)
+    score, likeness, nearest = measure(judge, [avocado], ["a fluent icon of a avocado"], training)
     assert nearest.value == pytest.approx(1, abs=1e-4)  # it is one of them
     assert likeness.value == pytest.approx((judge.images([avocado]) @ training.T).mean().item())
-    wrong, *_ = measure(judge, [avocado], ["a TOK icon of a turkey"], training)
+    wrong, *_ = measure(judge, [avocado], ["a fluent icon of a turkey"], training)
     assert score.value > wrong.value
     assert score.value == pytest.approx(Scorer.shipped()(_pixels(avocado), ["an icon of a avocado"]).item(), abs=1e-5)
     none, *_ = measure(judge, [avocado], ["something else entirely"], training)

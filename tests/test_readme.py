@@ -111,13 +111,13 @@ def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert [path.name for path in paths] == [*files, *files, demo.GRID_FILE] and paths[-1].parent == both
     assert all(path.exists() for path in paths)
     side, sheet = grid.LEAST_SIDE_PX, Image.open(paths[-1])
-    assert sheet.height == grid.LABEL_PX + 6 * side
+    assert sheet.height == grid.LABEL_PX + 8 * side
     margin = sheet.width - 4 * side
     assert 0 < margin < side
     # The last column is the true icons; the others differ from it and from each other.
     cells = [sheet.crop((margin + n * side, grid.LABEL_PX, margin + (n + 1) * side, sheet.height)) for n in range(4)]
-    with Image.open(demo.ICONS_FOLDER / "fluent-3d" / "rabbit.png") as rabbit:
-        true = rabbit.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    with Image.open(demo.ICONS_FOLDER / "fluent-3d" / "rat.png") as rat:
+        true = rat.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     assert cells[3].crop((0, 0, side, side)).tobytes() == true.tobytes()
     assert len({cell.tobytes() for cell in cells}) == 4
 

@@ -34,13 +34,16 @@ def flat_caption(style: str, name: str, variation: str | None = None) -> str:
 
 
 def concept_caption(name: str) -> str:
-    """The paper's evaluation prompt with a name; the base has seen all of it, with flat pictures."""
-    return f"a TOK icon of a {name}, in the style of TOK"
+    """Of a 3D icon: what the base knows of it, its name and the flat style of the same forms; TOK is for the rest.
+
+    With a caption that names no style the base mixes its three, and a LoRA must first learn the forms.
+    """
+    return f"a fluent icon of a {name}, in the style of TOK"
 
 
 def plain_captions(name: str) -> tuple[str, ...]:
     """Captions that name no known style. They go with all flat styles alike: TOK means nothing yet to the base."""
-    return (concept_caption(name), f"an icon of a {name}", name, CONCEPT_PROMPT)
+    return (f"a TOK icon of a {name}, in the style of TOK", f"an icon of a {name}", name, CONCEPT_PROMPT)
 
 
 def training_captions(
