@@ -1,6 +1,6 @@
 """The same prompts and seeds through several LoRAs: each row of the table differs in the weights alone.
 
-python -m bilora_diffusion.compare outputs/quickstart_lora outputs/quickstart --prompt "a fluent icon of a lion, in the style of TOK"
+python -m bilora_diffusion.compare outputs/quickstart_lora outputs/quickstart --prompt "a fluent icon of a lion"
 python -m bilora_diffusion.compare --settings comparison.json
 
 The settings are the ones that the app's Compare tab reads and writes.
