@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import laboratory
+from benchmarks.quality import laboratory, measures
 from benchmarks.quality.plan import Configuration, candidates
-from benchmarks.quality.report import chosen, report
+from benchmarks.quality.report import PICTURE_MEASURES, at_best, chosen, report
 from bilora_diffusion.config import METHOD_NAMES
 
 
@@ -25,9 +25,9 @@ def write(folder: Path, configuration: Configuration, seed: int, losses: dict[in
         "loss_gaps": [0.002] if configuration.method != "lora" else [],
         "training_losses": [0.1] * 10,
         "seconds": 1.0 if configuration.method == "lora" else 1.5,
-        "pictures": dict.fromkeys(
-            ("similarity_to_true", "retrieved_top_10", "nearest_training_picture", "flat_kept"), pictures
-        ),
+        "pictures": dict.fromkeys(PICTURE_MEASURES, pictures),
+        "sharpness": {"sizes": [0.01, 0.02], "rises": [0.001, 0.002], "loss": 0.1},
+        "rounded_to_8_bits": max(losses.values()) + 0.01,
     }
     (folder / f"{configuration.slug}-seed{seed}.json").write_text(json.dumps(run))
 
@@ -53,22 +53,38 @@ def test_differences_are_paired(tmp_path: Path):
         write(tmp_path, flat, seed, {100: level - 0.002}, 0.6)
     lines = report(tmp_path).splitlines()
     (row,) = (line for line in lines if line.startswith("| flat-lora") and "x 1.50" in line)
-    assert "-20 +- 0" in row and "+0.100 +- 0.000" in row
+    assert "-20 +- 0" in row
     (own,) = (line for line in lines if line.startswith("| lora") and "x 1.00" in line)
-    assert "0.2100" in own and "0.500" in own
+    assert "0.2100" in own
+    drawn = [line for line in lines if "+0.100 +- 0.000" in line]
+    assert len(drawn) == 1 and drawn[0].startswith("| flat-lora")
+
+
+def test_under_equal_time_a_slower_method_has_fewer_steps():
+    losses = {100: 0.4, 200: 0.2, 300: 0.3}
+    run = {"evaluations": {str(step): {"validation": loss, "test": 10 * loss} for step, loss in losses.items()}}
+    assert at_best(run, "test") == pytest.approx(2)
+    assert at_best(run, "test", within=150) == pytest.approx(3)  # half-way between steps 100 and 200
+    assert at_best(run, "test", within=250) == pytest.approx(2)
+    assert at_best(run, "test", within=50) == pytest.approx(4)
 
 
 def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(laboratory, "STEPS", 2)
     monkeypatch.setattr(laboratory, "EVALUATED_AT", (1, 2))
-    monkeypatch.setattr(laboratory, "PICTURES", 2)
+    monkeypatch.setattr(measures, "PICTURES", 2)
+    monkeypatch.setattr(measures, "FLAT_PICTURES", 2)
+    monkeypatch.setattr(measures, "FEW_STEPS", 2)
     laboratory_ = laboratory.Laboratory()
     laboratory_.evaluations = {name: batches[:1] for name, batches in laboratory_.evaluations.items()}
-    one = laboratory_.train(Configuration("lora", 1e-3), 1, pictures=True)
+    one = laboratory_.train(Configuration("lora", 1e-3), 1, finished=True)
     other = laboratory_.train(Configuration("flat-lora", 1e-3, {"sigma": 0.3, "sigma_schedule": "constant"}), 1)
     assert one["training_losses"][0] != other["training_losses"][0]
     assert set(one["evaluations"][1]) == {"validation", "test", "training", "flat"}
     assert one["evaluations"][1] != one["evaluations"][2]
     assert -2 <= one["pictures"]["similarity_to_true"] <= 2 and 0 <= one["pictures"]["retrieved_top_10"] <= 1
+    assert 0 < one["sharpness"]["rises"][0] < one["sharpness"]["rises"][1]
+    assert one["rounded_to_8_bits"] == pytest.approx(one["evaluations"][2]["test"], rel=0.1)
+    assert one["rounded_to_8_bits"] != one["evaluations"][2]["test"]
     again = laboratory_.train(Configuration("lora", 1e-3), 1)
     assert again["training_losses"] == one["training_losses"] and again["evaluations"] == one["evaluations"]

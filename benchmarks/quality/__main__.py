@@ -49,12 +49,12 @@ def main() -> None:
         runs = [(best[method], seed, True) for seed in arguments.seeds for method in methods if method in best]
     number, of = map(int, arguments.part.split("/"))
     laboratory = None
-    for configuration, seed, pictures in runs[number - 1 :: of]:
+    for configuration, seed, finished in runs[number - 1 :: of]:
         path = RESULTS / f"{configuration.slug}-seed{seed}.json"
         if path.exists():
             continue
         laboratory = laboratory or Laboratory()
-        found = laboratory.train(configuration, seed, pictures)
+        found = laboratory.train(configuration, seed, finished)
         path.write_text(json.dumps(rounded(found)) + "\n")
         last = found["evaluations"][max(found["evaluations"])]
         print(f"seed {seed}: {configuration}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.items()), flush=True)

@@ -1,11 +1,11 @@
 """Trains one configuration with the trainer itself and measures what came out."""
 
-import copy
 import time
 from typing import Any
 
 import torch
 
+from benchmarks.quality.measures import pictures, rounding, sharpness
 from benchmarks.quality.plan import Configuration
 from bilora_diffusion.adapters import auxiliary_off
 from bilora_diffusion.assembly import Machine, assemble, read_pictures
@@ -14,9 +14,7 @@ from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import flatten
 from bilora_diffusion.embedded import CONCEPT_FOLDER, EMBEDDED
-from bilora_diffusion.embedded.check import draw, features
 from bilora_diffusion.embedded.icons import SOLID_STYLE, Icons, shipped_lists
-from bilora_diffusion.embedded.scorer import Scorer, styled_text
 from bilora_diffusion.embedded.words import concept_caption, flat_caption
 from bilora_diffusion.prompts import EmbeddedPrompts
 from bilora_diffusion.randomness import generator
@@ -25,9 +23,8 @@ from bilora_diffusion.sdxl import encode_images, latents_from, time_ids
 __all__ = ["EVALUATED_AT", "STEPS", "Laboratory"]
 
 STEPS = 400
-EVALUATED_AT = (100, 200, 300, 400)
+EVALUATED_AT = (50, 100, 150, 200, 300, 400)
 DRAWS = 2  # (timestep, noise) for each icon, the same for all
-PICTURES = 48  # test names that are drawn
 RANK, ALPHA, BATCH = 4, 8.0, 4
 
 
@@ -78,8 +75,8 @@ class Laboratory:
             for rows in (slice(first, first + 64) for first in range(0, count, 64))
         ]
 
-    def train(self, configuration: Configuration, seed: int, pictures: bool = False) -> dict[str, Any]:
-        """One run. Losses at `EVALUATED_AT`; with `pictures` also what is drawn at the end."""
+    def train(self, configuration: Configuration, seed: int, finished: bool = False) -> dict[str, Any]:
+        """One run. Losses at `EVALUATED_AT`; with `finished` also `measures` of the end."""
         config = TrainingConfig(
             pretrained_model_name_or_path=EMBEDDED,
             instance_data_dir=str(CONCEPT_FOLDER),
@@ -120,9 +117,19 @@ class Laboratory:
             "seconds": seconds,
             "singular_share": parts.radius.singular_share if parts.radius else None,
         }
-        if pictures:
-            result["pictures"] = self.pictures(parts, seed)
+        if finished:
+            result |= self._finished(parts, seed)
         return result
+
+    def _finished(self, parts, seed: int) -> dict[str, Any]:
+        """Pictures, flatness and robustness of what would be exported."""
+        unet = parts.models["unet"].eval()
+        with parts.trainer.as_exported():
+            return {
+                "pictures": pictures(self.pipeline, unet, self.icons, self.lists, seed),
+                "sharpness": sharpness(parts.models, self._bound(parts, "training")),
+                "rounded_to_8_bits": rounding(parts.models, lambda: self._loss(parts, "test")),
+            }
 
     @torch.no_grad()
     def _gap(self, parts, micro_batches) -> float:
@@ -131,46 +138,22 @@ class Laboratory:
         with auxiliary_off(parts.models.values()):
             return (perturbed - micro_batches[0].loss()).item()
 
-    @torch.no_grad()
     def evaluate(self, parts) -> dict[str, float]:
         """The loss of what would be exported, on the fixed draws."""
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
         unet = parts.models["unet"].eval()
-        losses = {}
         with parts.trainer.as_exported():
-            for name, batches in self.evaluations.items():
-                total = sum(
-                    TrainingMicroBatch(b, parts.models, parts.trainer.objective, torch.float32, 1.0, scaler).loss()
-                    * len(b)
-                    for b in batches
-                )
-                losses[name] = (total / sum(map(len, batches))).item()
+            losses = {name: self._loss(parts, name) for name in self.evaluations}
         unet.train()
         return losses
 
     @torch.no_grad()
-    def pictures(self, parts, seed: int) -> dict[str, float]:
-        """What is drawn for unseen names, beside their true 3D icons, the training icons, and what the base draws."""
-        names = self.lists["test"][:PICTURES]
-        flat = [flat_caption("noto", name) for name in names[:24]]
-        pipeline = copy.copy(self.pipeline)
-        pipeline.register_modules(unet=parts.models["unet"].eval())
-        with parts.trainer.as_exported():
-            drawn = draw(pipeline, [concept_caption(name) for name in names], seed=seed, guidance_scale=3.0)
-            flat_drawn = draw(pipeline, flat, seed=seed, guidance_scale=3.0)
-        of_base = draw(self.pipeline, flat, seed=seed, guidance_scale=3.0)
-        true, concept = (
-            features(self.icons.pixels[SOLID_STYLE][self.icons.rows(some)]) for some in (names, self.lists["concept"])
-        )
-        ours, everything = features(drawn), features(self.icons.pixels[SOLID_STYLE])
-        similarity = (ours @ everything.T).argsort(dim=1, descending=True)
-        ranks = (similarity == self.icons.rows(names)[:, None]).int().argmax(1) + 1
-        scorer = Scorer.shipped()
-        return {
-            "similarity_to_true": (ours * true).sum(1).mean().item(),
-            "retrieved_top_1": (ranks == 1).float().mean().item(),
-            "retrieved_top_10": (ranks <= 10).float().mean().item(),
-            "nearest_training_picture": (ours @ concept.T).amax(1).mean().item(),
-            "scorer_3d": scorer(drawn, [styled_text(name, SOLID_STYLE) for name in names]).mean().item(),
-            "flat_kept": (features(flat_drawn) * features(of_base)).sum(1).mean().item(),
-        }
+    def _loss(self, parts, name: str) -> float:
+        """The mean over the draws of one evaluation."""
+        bound = self._bound(parts, name)
+        return (sum(one.loss() * len(one) for one in bound) / sum(map(len, bound))).item()
+
+    def _bound(self, parts, name: str) -> list[TrainingMicroBatch]:
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        objective, batches = parts.trainer.objective, self.evaluations[name]
+        share = 1 / len(batches)
+        return [TrainingMicroBatch(batch, parts.models, objective, torch.float32, share, scaler) for batch in batches]

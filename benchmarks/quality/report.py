@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.quality.plan import Configuration
 
-__all__ = ["chosen", "report"]
+__all__ = ["PICTURE_MEASURES", "at_best", "chosen", "report"]
 
 CHOOSING_SEED = 0
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
@@ -84,43 +84,104 @@ def _candidates(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration
 def _measured(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration]) -> list[str]:
     by = {(run["method"], run["seed"]): run for run in some if run["key"] == best[run["method"]].key}
     seeds = sorted(seed for method, seed in by if method == "lora")
+    pairs = {
+        method: [(by[method, seed], by["lora", seed]) for seed in seeds if (method, seed) in by]
+        for method in sorted({method for method, _ in by}, key=lambda name: (name != "lora", name))
+    }
+    pairs = {method: some for method, some in pairs.items() if some}
     lines = [
         "## Measured on the test names",
         "",
-        f"Seeds {', '.join(map(str, seeds))}. Differences to LoRA in 1e-4 of the loss with a 95 % interval (paired, "
-        "Student's t); LoRA's own row has its values. `best`: each run at its step of lowest validation loss.",
+        f"Seeds {', '.join(map(str, seeds))}. Differences to LoRA with a 95 % interval (paired, Student's t; where it "
+        "holds 0 no difference was shown); LoRA's own row has its values and their standard error.",
         "",
-        "| method | test, best | test, last | flat, best | like the true icon | retrieved in 10 | like a training "
-        "icon | flat kept | time |",
+        "### Losses",
+        "",
+        "Differences in 1e-4. `best`: each run at its step of lowest validation loss; `equal time`: the same among the "
+        "steps that it makes while LoRA makes all of its own; `last`: at the end; `gap`: test less training, at the "
+        "end; `8 bits`: test at the end, the adapted weights rounded to 8 bits; `sharpness`: the rise of the training "
+        "loss after a step of 1 % of the merged weights' norm along the gradient.",
+        "",
+        "| method | test, best | test, equal time | test, last | gap | flat, best | 8 bits | sharpness | time a step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for method in sorted({method for method, _ in by}, key=lambda name: (name != "lora", name)):
-        pairs = [(by[method, seed], by["lora", seed]) for seed in seeds if (method, seed) in by]
-        if not pairs:
-            continue
-        lines.append("| " + " | ".join([str(best[method]), *_cells(method, pairs)]) + " |")
+    for method, runs_ in pairs.items():
+        lines.append("| " + " | ".join([str(best[method]), *_loss_cells(method, runs_)]) + " |")
+    lines += [
+        "",
+        "### Pictures",
+        "",
+        f"{len(PICTURE_MEASURES)} measures of 48 unseen names, drawn after the last step. "
+        + "; ".join(f"`{title}`: {told}" for title, told in PICTURE_MEASURES.values())
+        + ".",
+        "",
+        "| method | " + " | ".join(title for title, _ in PICTURE_MEASURES.values()) + " |",
+        "|---|" + "---|" * len(PICTURE_MEASURES),
+    ]
+    for method, runs_ in pairs.items():
+        cells = [
+            _cell(method, [(a["pictures"][name], b["pictures"][name]) for a, b in runs_], 3)
+            for name in PICTURE_MEASURES
+        ]
+        lines.append("| " + " | ".join([str(best[method]), *cells]) + " |")
     return [*lines, ""]
 
 
-def _cells(method: str, pairs: Sequence[tuple[dict, dict]]) -> list[str]:
-    def value(run: Mapping[str, Any], kind: str, best: bool) -> float:
-        step = best_step(run) if best else max(run["evaluations"], key=int)
-        return run["evaluations"][step][kind]
+PICTURE_MEASURES = {
+    "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true 3D icon, in [-2, 2]"),
+    "similarity_to_true_few_steps": ("in 8 steps", "the same with 8 sampling steps instead of 20"),
+    "distance_to_true": ("squared error", "mean squared difference of colours to the true icon, less is better"),
+    "retrieved_top_10": ("found in 10", "share of names whose own 3D icon is among the nearest 10 of all 506"),
+    "nearest_training_picture": ("like a training icon", "similarity to the nearest of the 23: copying"),
+    "diversity": ("diversity", "2 less the similarity between two seeds' pictures of a name"),
+    "scorer_3d": ("scorer", "similarity to the name in 3D by the embedded scorer, in [-1, 1]"),
+    "flat_kept": ("flat kept", "similarity of flat icons to those the base draws: what is not forgotten"),
+}
+"""Title and meaning by name."""
 
-    own = method == "lora"
-    cells = []
-    for kind, at_best in (("test", True), ("test", False), ("flat", True)):
-        if own:
-            cells.append(f"{statistics.fmean(value(run, kind, at_best) for run, _ in pairs):.4f}")
-        else:
-            cells.append(_interval([1e4 * (value(a, kind, at_best) - value(b, kind, at_best)) for a, b in pairs], 0))
-    for name in ("similarity_to_true", "retrieved_top_10", "nearest_training_picture", "flat_kept"):
-        if own:
-            cells.append(f"{statistics.fmean(run['pictures'][name] for run, _ in pairs):.3f}")
-        else:
-            cells.append(_interval([a["pictures"][name] - b["pictures"][name] for a, b in pairs], 3))
-    cells.append(f"x {statistics.median(a['seconds'] / b['seconds'] for a, b in pairs):.2f}")
-    return cells
+
+def at_best(run: Mapping[str, Any], kind: str, within: float = math.inf) -> float:
+    """The loss at the step of lowest validation loss among those up to `within`, itself one by interpolation."""
+    points = sorted((int(step), losses) for step, losses in run["evaluations"].items())
+    reached = [losses for step, losses in points if step <= within]
+    later = [(step, losses) for step, losses in points if step > within]
+    if not reached:
+        return points[0][1][kind]  # before the first evaluation nothing is known
+    if later:
+        (end, after), (start, before) = later[0], points[len(reached) - 1]
+        share = (within - start) / (end - start)
+        reached.append({name: before[name] + share * (after[name] - before[name]) for name in ("validation", kind)})
+    return min(reached, key=lambda losses: losses["validation"])[kind]
+
+
+def _loss_cells(method: str, pairs: Sequence[tuple[dict, dict]]) -> list[str]:
+    def last(run: Mapping[str, Any]) -> Mapping[str, float]:
+        return run["evaluations"][max(run["evaluations"], key=int)]
+
+    ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+    steps = max(map(int, pairs[0][0]["evaluations"]))
+    values = [
+        lambda run: at_best(run, "test"),
+        lambda run: at_best(run, "test", steps if run["method"] == "lora" else steps / ratio),
+        lambda run: last(run)["test"],
+        lambda run: last(run)["test"] - last(run)["training"],
+        lambda run: at_best(run, "flat"),
+        lambda run: run["rounded_to_8_bits"],
+        lambda run: run["sharpness"]["rises"][run["sharpness"]["sizes"].index(0.01)],
+    ]
+    cells = [_cell(method, [(value(a), value(b)) for a, b in pairs], 4) for value in values]
+    return [*cells, f"x {ratio:.2f}"]
+
+
+def _cell(method: str, pairs: Sequence[tuple[float, float]], digits: int) -> str:
+    """LoRA's mean and standard error, or the mean paired difference to it; losses' differences in 1e-4."""
+    if method == "lora":
+        own = [a for a, _ in pairs]
+        error = f" (s.e. {statistics.stdev(own) / math.sqrt(len(own)):.{digits}f})" if len(own) > 1 else ""
+        return f"{statistics.fmean(own):.{digits}f}{error}"
+    if digits == 4:
+        return _interval([1e4 * (a - b) for a, b in pairs], 0)
+    return _interval([a - b for a, b in pairs], digits)
 
 
 def _interval(values: Sequence[float], digits: int) -> str:
