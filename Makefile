@@ -26,8 +26,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
 	touch $(READY)
 
+# Two at a time, a file in one process: more would need more than the 8 GB that many machines have.
 test: setup  ## all tests that a CPU can run in minutes
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(ARGS)
 
 test-slow: setup  ## full-size SDXL with random weights: 10 GB of memory, some minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import laboratory, measures
+from benchmarks.quality import laboratory, measures, rises
 from benchmarks.quality.plan import Configuration, candidates
 from benchmarks.quality.report import PICTURE_MEASURES, at_best, chosen, report
 from bilora_diffusion.config import METHOD_NAMES
+
+
+@pytest.fixture(scope="module")
+def laboratory_() -> laboratory.Laboratory:
+    return laboratory.Laboratory()
 
 
 def write(folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], pictures: float = 0.0):
@@ -29,6 +34,7 @@ def write(folder: Path, configuration: Configuration, seed: int, losses: dict[in
         "sharpness": {"sizes": [0.01, 0.02], "rises": [0.001, 0.002], "loss": 0.1},
         "rounded_to_8_bits": max(losses.values()) + 0.01,
     }
+    folder.mkdir(exist_ok=True)
     (folder / f"{configuration.slug}-seed{seed}.json").write_text(json.dumps(run))
 
 
@@ -69,22 +75,41 @@ def test_under_equal_time_a_slower_method_has_fewer_steps():
     assert at_best(run, "test", within=50) == pytest.approx(4)
 
 
-def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch):
+def test_the_gradient_rises_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, laboratory_: laboratory.Laboratory):
+    monkeypatch.setattr(rises, "SEEN_AT", (2,))
+    for one in (Configuration("lora", 1e-3), Configuration("bilora-fresh", 1e-3, {"rho": 0.2})):
+        found = rises.rises(laboratory_, one, 0)
+        (tmp_path / f"{one.slug}.json").write_text(json.dumps(found))
+        seen = found["seen"][2]
+        assert ("own" in seen) == (one.method != "lora")
+        assert seen["gradient"][0] > seen["gradient_rank_4"][0] > seen["gradient_rank_1"][0] > abs(seen["random"][0])
+        assert seen["own_share"] > 0 if "own" in seen else seen["own_share"] == 0
+    assert seen["gradient"][0] > seen["own"][0] > seen["random"][0]
+    write(tmp_path / "runs", Configuration("lora", 1e-3), 0, {100: 0.2})
+    lines = report(tmp_path / "runs", tmp_path).splitlines()
+    assert (
+        sum(line.startswith(("| this batch's gradient |", "| bilora-fresh, lr 0.001, rho 0.2 |")) for line in lines)
+        == 2
+    )
+
+
+def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: laboratory.Laboratory):
     monkeypatch.setattr(laboratory, "STEPS", 2)
     monkeypatch.setattr(laboratory, "EVALUATED_AT", (1, 2))
     monkeypatch.setattr(measures, "PICTURES", 2)
     monkeypatch.setattr(measures, "FLAT_PICTURES", 2)
     monkeypatch.setattr(measures, "FEW_STEPS", 2)
-    laboratory_ = laboratory.Laboratory()
-    laboratory_.evaluations = {name: batches[:1] for name, batches in laboratory_.evaluations.items()}
+    few = {name: batches[:1] for name, batches in laboratory_.evaluations.items()}
+    monkeypatch.setattr(laboratory_, "evaluations", few)
     one = laboratory_.train(Configuration("lora", 1e-3), 1, finished=True)
     other = laboratory_.train(Configuration("flat-lora", 1e-3, {"sigma": 0.3, "sigma_schedule": "constant"}), 1)
     assert one["training_losses"][0] != other["training_losses"][0]
     assert set(one["evaluations"][1]) == {"validation", "test", "training", "flat"}
+    assert set(other["evaluations"][1]) == {"validation"}
     assert one["evaluations"][1] != one["evaluations"][2]
     assert -2 <= one["pictures"]["similarity_to_true"] <= 2 and 0 <= one["pictures"]["retrieved_top_10"] <= 1
     assert 0 < one["sharpness"]["rises"][0] < one["sharpness"]["rises"][1]
     assert one["rounded_to_8_bits"] == pytest.approx(one["evaluations"][2]["test"], rel=0.1)
     assert one["rounded_to_8_bits"] != one["evaluations"][2]["test"]
     again = laboratory_.train(Configuration("lora", 1e-3), 1)
-    assert again["training_losses"] == one["training_losses"] and again["evaluations"] == one["evaluations"]
+    assert again["training_losses"] == one["training_losses"] and again["evaluations"][2] == one["evaluations"][2]

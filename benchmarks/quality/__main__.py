@@ -1,8 +1,9 @@
-"""python -m benchmarks.quality choose | measure | report
+"""python -m benchmarks.quality choose | measure | rises | report
 
     choose    trains every candidate of `plan` on seed 0: learning rate and strength are chosen by the loss on the
               validation names at each run's best step
     measure   trains the chosen ones on five other seeds, measures on the test names, draws pictures
+    rises     how far each perturbation raises the loss of the batch at hand, all at equal norm
     report    benchmarks/results/quality.md from what is there
 
 Every run is written when it is done, so that a stopped command goes on with the next one. One process uses one core:
@@ -17,13 +18,16 @@ from pathlib import Path
 __all__ = ["main"]
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
+RISES = RESULTS.parent / "rises"
 CHOOSING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
+ASCENTS = ("lora", "bilora", "bilora-fresh", "lora-sam", "looksam", "s2-sam", "eflat-lora")
+"""Those whose perturbation is a change of the factors, and LoRA for the directions that any method could have."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("choose", "measure", "report"))
+    parser.add_argument("stage", choices=("choose", "measure", "rises", "report"))
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of `measure`")
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
@@ -33,27 +37,34 @@ def main() -> None:
         from benchmarks.quality.report import report
 
         path = RESULTS.parent / "quality.md"
-        path.write_text(report(RESULTS))
+        path.write_text(report(RESULTS, RISES))
         print(path)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from benchmarks.quality.laboratory import Laboratory
     from benchmarks.quality.plan import candidates
     from benchmarks.quality.report import chosen
+    from benchmarks.quality.rises import rises
 
+    folder = RISES if arguments.stage == "rises" else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "choose":
         runs = [(one, CHOOSING_SEED, False) for one in candidates(arguments.methods)]
     else:
         best = chosen(RESULTS)
-        methods = arguments.methods or sorted(best)
+        methods = arguments.methods or (ASCENTS if arguments.stage == "rises" else sorted(best))
         runs = [(best[method], seed, True) for seed in arguments.seeds for method in methods if method in best]
     number, of = map(int, arguments.part.split("/"))
     laboratory = None
     for configuration, seed, finished in runs[number - 1 :: of]:
-        path = RESULTS / f"{configuration.slug}-seed{seed}.json"
+        path = folder / f"{configuration.slug}-seed{seed}.json"
         if path.exists():
             continue
         laboratory = laboratory or Laboratory()
+        if arguments.stage == "rises":
+            path.write_text(json.dumps(rounded(rises(laboratory, configuration, seed))) + "\n")
+            print(path, flush=True)
+            continue
         found = laboratory.train(configuration, seed, finished)
         path.write_text(json.dumps(rounded(found)) + "\n")
         last = found["evaluations"][max(found["evaluations"])]

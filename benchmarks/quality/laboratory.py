@@ -1,6 +1,7 @@
 """Trains one configuration with the trainer itself and measures what came out."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bilora_diffusion.data.dreambooth import flatten
 from bilora_diffusion.embedded import CONCEPT_FOLDER, EMBEDDED
 from bilora_diffusion.embedded.icons import SOLID_STYLE, Icons, shipped_lists
 from bilora_diffusion.embedded.words import concept_caption, flat_caption
+from bilora_diffusion.finishing import package_versions
 from bilora_diffusion.prompts import EmbeddedPrompts
 from bilora_diffusion.randomness import generator
 from bilora_diffusion.sdxl import encode_images, latents_from, time_ids
@@ -75,8 +77,9 @@ class Laboratory:
             for rows in (slice(first, first + 64) for first in range(0, count, 64))
         ]
 
-    def train(self, configuration: Configuration, seed: int, finished: bool = False) -> dict[str, Any]:
-        """One run. Losses at `EVALUATED_AT`; with `finished` also `measures` of the end."""
+    @staticmethod
+    def assembled(configuration: Configuration, seed: int):
+        """The trainer of one run, as the command builds it."""
         config = TrainingConfig(
             pretrained_model_name_or_path=EMBEDDED,
             instance_data_dir=str(CONCEPT_FOLDER),
@@ -92,18 +95,32 @@ class Laboratory:
         )
         machine = Machine(torch.device("cpu"), torch.float32, 0, 1, lambda: None)
         found, _ = read_pictures(config)
-        parts = assemble(config, machine, found, seed=seed, steps_of=lambda _: STEPS)
+        return assemble(config, machine, found, seed=seed, steps_of=lambda _: STEPS)
+
+    @staticmethod
+    def drawn(parts, step: int) -> list[TrainingMicroBatch]:
+        """What a training sees at a step."""
+        rows = flatten([parts.dataset[draw] for draw in range(step * BATCH, (step + 1) * BATCH)])
+        return parts.trainer.micro_batches([parts.make_batch(rows)])
+
+    def train(self, configuration: Configuration, seed: int, finished: bool = False) -> dict[str, Any]:
+        """One run. Losses on the validation names at `EVALUATED_AT`, all losses at the end.
+
+        Arguments:
+            finished: all losses at each, and `measures` of the end.
+        """
+        parts = self.assembled(configuration, seed)
         losses, gaps, evaluations, seconds = [], [], {}, 0.0
         for step in range(STEPS):
-            rows = flatten([parts.dataset[draw] for draw in range(step * BATCH, (step + 1) * BATCH)])
-            micro_batches = parts.trainer.micro_batches([parts.make_batch(rows)])
+            micro_batches = self.drawn(parts, step)
             if parts.method.perturbs and (step + 1) % 50 == 0:
                 gaps.append(self._gap(parts, micro_batches))
             began = time.perf_counter()
             losses.append(parts.trainer.training_step(micro_batches, step).loss)
             seconds += time.perf_counter() - began
             if step + 1 in EVALUATED_AT:
-                evaluations[step + 1] = self.evaluate(parts)
+                whole = finished or step + 1 == STEPS
+                evaluations[step + 1] = self.evaluate(parts, self.evaluations if whole else ("validation",))
         result = {
             "method": configuration.method,
             "learning_rate": configuration.learning_rate,
@@ -115,6 +132,7 @@ class Laboratory:
             "loss_gaps": gaps,
             "training_losses": losses,
             "seconds": seconds,
+            "versions": package_versions(),
             "singular_share": parts.radius.singular_share if parts.radius else None,
         }
         if finished:
@@ -138,11 +156,11 @@ class Laboratory:
         with auxiliary_off(parts.models.values()):
             return (perturbed - micro_batches[0].loss()).item()
 
-    def evaluate(self, parts) -> dict[str, float]:
+    def evaluate(self, parts, kinds: Iterable[str]) -> dict[str, float]:
         """The loss of what would be exported, on the fixed draws."""
         unet = parts.models["unet"].eval()
         with parts.trainer.as_exported():
-            losses = {name: self._loss(parts, name) for name in self.evaluations}
+            losses = {name: self._loss(parts, name) for name in kinds}
         unet.train()
         return losses
 

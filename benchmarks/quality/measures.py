@@ -18,7 +18,7 @@ from bilora_diffusion.methods.displacement import displaced
 from bilora_diffusion.sharpness.landscape import Landscape
 from bilora_diffusion.sharpness.measures import worst_case
 
-__all__ = ["PICTURES", "pictures", "rounding", "sharpness"]
+__all__ = ["PICTURES", "adapted", "pictures", "rounding", "sharpness"]
 
 PICTURES = 48  # test names that are drawn
 FLAT_PICTURES = 24
@@ -72,7 +72,7 @@ def sharpness(models: Mapping[str, nn.Module], micro_batches: Sequence[MicroBatc
 
     The base's weights are moved for it, which moves the merged ones alike, and have their old bits afterwards.
     """
-    points = [layer.get_base_layer().weight for layer in _layers(models)]
+    points = [layer.get_base_layer().weight for layer in adapted(models)]
     for point in points:
         point.requires_grad_(True)
     try:
@@ -88,7 +88,7 @@ def sharpness(models: Mapping[str, nn.Module], micro_batches: Sequence[MicroBatc
 @torch.no_grad()
 def rounding(models: Mapping[str, nn.Module], loss: Callable[[], float]) -> float:
     """The loss with the adapted merged weights rounded to 8 bits: symmetric, one scale for each output row."""
-    layers = list(_layers(models))
+    layers = adapted(models)
     errors = []
     for layer in layers:
         weight = layer.get_base_layer().weight
@@ -100,5 +100,6 @@ def rounding(models: Mapping[str, nn.Module], loss: Callable[[], float]) -> floa
         return loss()
 
 
-def _layers(models: Mapping[str, nn.Module]) -> list[BaseTunerLayer]:
+def adapted(models: Mapping[str, nn.Module]) -> list[BaseTunerLayer]:
+    """All layers that carry adapters."""
     return [layer for model in models.values() for _, layer in adapted_layers(model)]

@@ -40,14 +40,22 @@ def chosen(folder: Path) -> dict[str, Configuration]:
     return {method: configuration for method, (_, configuration) in best.items()}
 
 
-def report(folder: Path) -> str:
-    """Markdown."""
+def report(folder: Path, rises: Path | None = None) -> str:
+    """Markdown.
+
+    Arguments:
+        folder: of the runs' files.
+        rises: of the files of `rises`.
+    """
     everything = runs(folder)
     best = chosen(folder)
     lines = ["# Which method generalises?", "", *INTRODUCTION, ""]
     measured = [run for run in everything if run["seed"] != CHOOSING_SEED]
     if measured:
         lines += _measured(measured, best)
+    looked = runs(rises) if rises is not None and rises.is_dir() else []
+    if looked:
+        lines += _rises(looked)
     lines += _candidates([run for run in everything if run["seed"] == CHOOSING_SEED], best)
     return "\n".join(lines) + "\n"
 
@@ -64,21 +72,65 @@ def _candidates(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration
     lines = [
         f"## Choosing: {len(some)} candidates, seed {CHOOSING_SEED}",
         "",
-        "Each at its step of lowest validation loss. Bold: the method's best, which is measured above if there were "
-        "more seeds.",
+        "Validation loss at each one's best step, the other losses after the last. Bold: the method's best, which is "
+        "measured above if there were more seeds.",
         "",
-        "| configuration | step | validation | test | training | flat | loss gap | s a step |",
+        "| configuration | best step | validation, best | test, last | training, last | flat, last | gap | s a step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in sorted(some, key=lambda run: run["evaluations"][best_step(run)]["validation"]):
         step = best_step(run)
-        losses = run["evaluations"][step]
+        losses = last(run) | {"validation": run["evaluations"][step]["validation"]}
         gap = f"{statistics.fmean(run['loss_gaps']):+.4f}" if run["loss_gaps"] else ""
         name = f"**{run['key']}**" if best[run["method"]].key == run["key"] else run["key"]
         cells = [f"{losses[kind]:.4f}" for kind in ("validation", "test", "training", "flat")]
         seconds = f"{run['seconds'] / len(run['training_losses']):.3f}"
         lines.append("| " + " | ".join([name, str(step), *cells, gap, seconds]) + " |")
     return lines
+
+
+def _rises(some: Sequence[dict[str, Any]]) -> list[str]:
+    """A row for each direction: first those that any method could have, seen in LoRA's runs, then the methods' own."""
+    shares = some[0]["shares"]
+    rows: dict[str, list[list[float]]] = {}
+    sizes: dict[str, list[float]] = {}
+    for run in some:
+        plain = run["configuration"].startswith("lora,")
+        for seen in run["seen"].values():
+            for name, title in GENERAL_DIRECTIONS.items():
+                if plain:
+                    rows.setdefault(title, []).append(seen[name])
+            if "own" in seen:
+                rows.setdefault(run["configuration"], []).append(seen["own"])
+                sizes.setdefault(run["configuration"], []).append(seen["own_share"])
+    lines = [
+        "## How far each perturbation raises the loss of the batch at hand",
+        "",
+        "Rise of the batch's loss in 1e-4 (mean and standard error over steps and seeds) when the merged weights move "
+        "by a share of their norm along each direction, all scaled to the same norm. The gradient's is the most that "
+        "any direction reaches to first order; a method is an ascent as far as it is above `random`. Last: the norm "
+        "that the method itself gave its perturbation.",
+        "",
+        "| direction | " + " | ".join(f"{100 * share:g} %" for share in shares) + " | its own norm |",
+        "|---|" + "---|" * (len(shares) + 1),
+    ]
+    for title, found in rows.items():
+        cells = []
+        for column in zip(*found, strict=True):
+            error = statistics.stdev(column) / math.sqrt(len(column)) if len(column) > 1 else math.nan
+            cells.append(f"{1e4 * statistics.fmean(column):+.1f} (s.e. {1e4 * error:.1f})")
+        own = f"{100 * statistics.fmean(sizes[title]):.2g} %" if title in sizes else ""
+        lines.append("| " + " | ".join([title, *cells, own]) + " |")
+    return [*lines, ""]
+
+
+GENERAL_DIRECTIONS = {
+    "gradient": "this batch's gradient",
+    "gradient_rank_4": "its top 4 singular directions in each layer",
+    "gradient_rank_1": "its top singular direction in each layer",
+    "previous": "the gradient of the batch before",
+    "random": "random, rows as large as the weight's",
+}
 
 
 def _measured(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration]) -> list[str]:
@@ -154,10 +206,12 @@ def at_best(run: Mapping[str, Any], kind: str, within: float = math.inf) -> floa
     return min(reached, key=lambda losses: losses["validation"])[kind]
 
 
-def _loss_cells(method: str, pairs: Sequence[tuple[dict, dict]]) -> list[str]:
-    def last(run: Mapping[str, Any]) -> Mapping[str, float]:
-        return run["evaluations"][max(run["evaluations"], key=int)]
+def last(run: Mapping[str, Any]) -> dict[str, float]:
+    """The losses after the last step."""
+    return run["evaluations"][max(run["evaluations"], key=int)]
 
+
+def _loss_cells(method: str, pairs: Sequence[tuple[dict, dict]]) -> list[str]:
     ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
     steps = max(map(int, pairs[0][0]["evaluations"]))
     values = [

@@ -1,0 +1,120 @@
+"""How much each perturbation raises the loss of the very batch whose gradient is taken, all at equal norm.
+
+Sharpness-aware training descends at the weights where the loss is highest nearby. A perturbation that does not raise
+the present batch's loss more than a random one of its norm is no ascent, whatever it cost.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from benchmarks.quality.laboratory import Laboratory
+from benchmarks.quality.measures import adapted
+from benchmarks.quality.plan import Configuration
+from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.methods import MicroBatch
+from bilora_diffusion.methods.displacement import displaced
+from bilora_diffusion.randomness import generator
+from bilora_diffusion.sharpness.landscape import Landscape, norm
+
+__all__ = ["SHARES", "rises"]
+
+SHARES = (0.005, 0.01, 0.02)
+"""Norms of the perturbation, as shares of the adapted merged weights'."""
+SEEN_AT = (50, 100, 200, 300, 399)
+RANKS = (1, 4)
+
+
+def rises(laboratory: Laboratory, configuration: Configuration, seed: int) -> dict[str, Any]:
+    """One training, stopped at some steps to look around.
+
+    Returns:
+        `own`: for each step seen the rise of the loss by the method's own perturbation scaled to each of `SHARES`;
+        beside it the same for directions that any method could have: `gradient` (the maximiser to first order of this
+        batch in the space of the merged weights), `gradient_rank_r` (each layer's part cut to its top r singular
+        directions), `previous` (the gradient of the batch before) and `random` (normal numbers, each row with the norm
+        of the weight's row).
+    """
+    parts = laboratory.assembled(configuration, seed)
+    found: dict[str, Any] = {"configuration": str(configuration), "seed": seed, "shares": list(SHARES), "seen": {}}
+    previous: list[Tensor] = []
+    for step in range(max(SEEN_AT) + 1):
+        micro_batches = laboratory.drawn(parts, step)
+        if step + 1 in SEEN_AT:
+            previous = _gradient(parts.models, micro_batches)
+        if step in SEEN_AT:
+            found["seen"][step] = _look(parts, micro_batches, previous, seed + step)
+        parts.trainer.training_step(micro_batches, step)
+    return found
+
+
+def _look(parts, micro_batches: Sequence[MicroBatch], previous: list[Tensor], seed: int) -> dict[str, Any]:
+    layers = adapted(parts.models)
+    weights = [layer.get_base_layer().weight for layer in layers]
+    gradient = _gradient(parts.models, micro_batches)
+    directions = {"gradient": gradient, "previous": previous}
+    for rank in RANKS:
+        directions[f"gradient_rank_{rank}"] = [_cut(layer, rank) for layer in gradient]
+    random = generator(seed, "direction")
+    drawn = [torch.randn(weight.shape, generator=random) for weight in weights]
+    directions["random"] = [
+        one * (_row_norms(weight) / _row_norms(one)) for one, weight in zip(drawn, weights, strict=True)
+    ]
+    own = _own(parts, micro_batches)
+    if norm(own) > 0:
+        directions["own"] = own
+    with torch.no_grad(), auxiliary_off(parts.models.values()):
+        here = Landscape(weights, micro_batches).loss()
+        size = norm([weight + _product(layer) for weight, layer in zip(weights, layers, strict=True)])
+        seen: dict[str, Any] = {"loss": here, "own_share": norm(own) / size}
+        for name, direction in directions.items():
+            scale, rises_ = size / norm(direction), []
+            for share in SHARES:
+                with displaced(weights, direction, share * scale):
+                    rises_.append(Landscape(weights, micro_batches).loss() - here)
+            seen[name] = rises_
+    return seen
+
+
+def _gradient(models: Mapping[str, Any], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """In the space of the merged weights, without the perturbation."""
+    weights = [layer.get_base_layer().weight for layer in adapted(models)]
+    trained = [parameter for model in models.values() for parameter in model.parameters() if parameter.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with auxiliary_off(models.values()):
+            return Landscape(weights, micro_batches).gradient()
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+        for parameter in trained:
+            parameter.grad = None
+
+
+@torch.no_grad()
+def _own(parts, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """The method's perturbation as a change of the merged weights; zeros where it lives outside the factors."""
+    layers = adapted(parts.models)
+    with auxiliary_off(parts.models.values()):
+        plain = [_product(layer) for layer in layers]
+    with parts.method.perturbed(micro_batches):
+        return [_product(layer) - before for layer, before in zip(layers, plain, strict=True)]
+
+
+def _product(layer: BaseTunerLayer) -> Tensor:
+    """What all adapters add to the weight, in its shape."""
+    weight = layer.get_base_layer().weight
+    return sum(layer.get_delta_weight(name) for name in layer.active_adapters).reshape(weight.shape)
+
+
+def _cut(gradient: Tensor, rank: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
+    return ((U[:, :rank] * S[:rank]) @ Vh[:rank]).reshape(gradient.shape)
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    return weight.detach().flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
