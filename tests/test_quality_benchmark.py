@@ -97,7 +97,7 @@ def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: lab
     monkeypatch.setattr(laboratory, "STEPS", 2)
     monkeypatch.setattr(laboratory, "EVALUATED_AT", (1, 2))
     monkeypatch.setattr(measures, "PICTURES", 2)
-    monkeypatch.setattr(measures, "FLAT_PICTURES", 2)
+    monkeypatch.setattr(measures, "HALF", 2)
     monkeypatch.setattr(measures, "FEW_STEPS", 2)
     few = {name: batches[:1] for name, batches in laboratory_.evaluations.items()}
     monkeypatch.setattr(laboratory_, "evaluations", few)
