@@ -40,7 +40,7 @@ class Configuration:
 
 STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "lora": [{}],
-    "bilora": [{"rho": 0.05}, {}, {"rho": 2.0}],
+    "bilora": [{"rho": 0.05}, {}, {"rho": 2.0}, {"rho": 6.0}],
     "bilora-fresh": [{}, {"ascent_share": 0.5}, {"rho": 1.0}],
     "dual-lora": [{}],
     "flat-lora": [
