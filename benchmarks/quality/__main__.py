@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("choose", "measure", "rises", "report"))
     parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--rates", type=float, nargs="+", help="of `choose`: only these learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of `measure`")
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
     arguments = parser.parse_args()
@@ -50,6 +51,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "choose":
         runs = [(one, CHOOSING_SEED, False) for one in candidates(arguments.methods)]
+        runs = [run for run in runs if not arguments.rates or run[0].learning_rate in arguments.rates]
     else:
         best = chosen(RESULTS)
         methods = arguments.methods or (ASCENTS if arguments.stage == "rises" else sorted(best))
