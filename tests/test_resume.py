@@ -66,6 +66,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "bilora-fresh": {"method": "bilora-fresh", "rho": 0.5, "ascent_every": 2, "sigma": 0.2, **SMALL},
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "ascent": "normalized", **SMALL},
     "dora": {"method": "lora", "use_dora": True, "lora_layers": "to_q,ff.net.0.proj"},
+    "pissa": {"method": "bilora", "init_lora_weights": "pissa_niter_2", "ema_decay": 0.9, **EVERYTHING},
+    "lora-ga": {"method": "flat-lora", "init_lora_weights": "lora_ga", "sigma": 0.3, **SMALL},
     "fp16": {"mixed_precision": "fp16", "center_crop": True, **SMALL},
     "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True, **SMALL},
 }
@@ -255,6 +257,7 @@ def test_a_checkpoint_that_is_not_there(finished: Path, pictures: Path, capsys: 
         ({"auxiliary_rank": 3}, "--auxiliary_rank 2"),
         ({"ascent": "sgd"}, "--ascent adamw"),
         ({"use_dora": True}, "--use_dora False"),
+        ({"init_lora_weights": "pissa"}, "--init_lora_weights gaussian"),
         ({"optimizer": "prodigy", "auxiliary_learning_rate": 0.1}, "--optimizer AdamW"),
         ({"rho": 0}, "layers"),
     ],
