@@ -190,10 +190,7 @@ def assemble(
     if config.moves_start:
         attach_start(models, seed)
         if not resumed:
-            gradients = None
-            if config.init_lora_weights == "lora_ga":
-                gradients = weight_gradients(models, _first_batches(config, machine, dataset, models, make_batch))
-            fill_start(models, config.init_lora_weights, seed, gradients)
+            _compute_start(config, machine, dataset, models, make_batch, seed)
     total_batch = config.train_batch_size * config.gradient_accumulation_steps * machine.processes
     rates = learning_rates(config, list(models), total_batch)
     steps = steps_of(len(dataset))
@@ -246,6 +243,22 @@ def assemble(
         zeros,
         sampling_prompts,
     )
+
+
+def _compute_start(
+    config: TrainingConfig,
+    machine: Machine,
+    dataset: DreamBoothDataset,
+    models: Mapping[str, nn.Module],
+    make_batch: BatchMaker,
+    seed: int,
+) -> None:
+    start, gradients = config.init_lora_weights, None
+    if machine.is_main:  # decomposing all weights of SDXL takes minutes
+        logger.info(f"computing where the LoRA begins (--init_lora_weights {start})")
+    if start == "lora_ga":
+        gradients = weight_gradients(models, _first_batches(config, machine, dataset, models, make_batch))
+    fill_start(models, start, seed, gradients)
 
 
 def _first_batches(

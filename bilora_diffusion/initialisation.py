@@ -20,7 +20,7 @@ References:
     arXiv 2407.05000, Algorithm 1 (peft 0.21 departs from it: it multiplies B by S and does not scale A).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -143,7 +143,7 @@ def _gradients(
     # A layer that the loss does not see has none: the last of text encoder 1, of which SDXL reads the last but one.
     gradients = {key: torch.zeros(weight.flatten(1).shape) for key, weight in weights.items()}
 
-    def collecting(key: tuple[str, str]):
+    def collecting(key: tuple[str, str]) -> Callable[[Tensor], None]:
         def collect(weight: Tensor) -> None:
             gradients[key] += weight.grad.flatten(1).cpu().float()
             weight.grad = None
