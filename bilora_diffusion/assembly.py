@@ -19,13 +19,14 @@ from torch import nn
 from bilora_diffusion import methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, parameters_of
 from bilora_diffusion.bases import Base
-from bilora_diffusion.batches import BatchMaker
+from bilora_diffusion.batches import BatchMaker, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
-from bilora_diffusion.data.dreambooth import DreamBoothDataset
+from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.initialisation import attach_start, fill_start, weight_gradients
 from bilora_diffusion.lora_files.initial import copy_lora_into, read_lora
 from bilora_diffusion.optimizers import auxiliary_learning_rates, build_optimizer, learning_rates
 from bilora_diffusion.prior import make_class_pictures, missing_class_pictures
@@ -37,6 +38,8 @@ __all__ = ["Machine", "Parts", "assemble", "free_memory", "read_pictures"]
 
 logger = logging.getLogger(__name__)
 
+GRADIENT_ROWS = 32
+"""Over which --init_lora_weights lora_ga takes the weights' gradient."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -111,7 +114,7 @@ def assemble(
         pictures: from `read_pictures`.
         seed: the run's, resolved.
         steps_of: gives the number of optimiser steps from the length of the data set.
-        resumed: the adapters' values will come from a checkpoint, so --init_lora_from is not read.
+        resumed: the adapters' values will come from a checkpoint, so no start is read or computed.
 
     Raises:
         UserError: whatever in the configuration, the base or the pictures does not fit.
@@ -163,7 +166,7 @@ def assemble(
             PRIMARY,
             rank=config.rank,
             scale=(config.lora_alpha or config.rank) / config.rank,
-            init="gaussian",  # as the stock script
+            init="kaiming" if config.init_lora_weights == "kaiming" else "gaussian",
             seed=seed,
             targets=config.unet_targets if part == UNET else None,
             dropout=config.lora_dropout,
@@ -174,6 +177,20 @@ def assemble(
             _enable_checkpointing(part, model)
     if initial is not None:
         copy_lora_into(models, initial, config.init_lora_from)
+    make_batch = BatchMaker(
+        objective,
+        latents,
+        prompts,
+        seed=seed,
+        resolution=resolution,
+        noise_offset=config.noise_offset,
+        prior_loss_weight=config.prior_loss_weight,
+        device=machine.device,
+    )
+    if config.moves_start:
+        attach_start(models, seed)
+        if not resumed:
+            _compute_start(config, machine, dataset, models, make_batch, seed)
     total_batch = config.train_batch_size * config.gradient_accumulation_steps * machine.processes
     rates = learning_rates(config, list(models), total_batch)
     steps = steps_of(len(dataset))
@@ -212,16 +229,6 @@ def assemble(
         seed=seed,
         ema_decay=config.ema_decay,
     )
-    make_batch = BatchMaker(
-        objective,
-        latents,
-        prompts,
-        seed=seed,
-        resolution=resolution,
-        noise_offset=config.noise_offset,
-        prior_loss_weight=config.prior_loss_weight,
-        device=machine.device,
-    )
     return Parts(
         base,
         dataset,
@@ -236,6 +243,46 @@ def assemble(
         zeros,
         sampling_prompts,
     )
+
+
+def _compute_start(
+    config: TrainingConfig,
+    machine: Machine,
+    dataset: DreamBoothDataset,
+    models: Mapping[str, nn.Module],
+    make_batch: BatchMaker,
+    seed: int,
+) -> None:
+    start, gradients = config.init_lora_weights, None
+    if machine.is_main:  # decomposing all weights of SDXL takes minutes
+        logger.info(f"computing where the LoRA begins (--init_lora_weights {start})")
+    if start == "lora_ga":
+        gradients = weight_gradients(models, _first_batches(config, machine, dataset, models, make_batch))
+    fill_start(models, start, seed, gradients)
+
+
+def _first_batches(
+    config: TrainingConfig,
+    machine: Machine,
+    dataset: DreamBoothDataset,
+    models: Mapping[str, nn.Module],
+    make_batch: BatchMaker,
+) -> list[TrainingMicroBatch]:
+    """The run's first draws, `GRADIENT_ROWS` or a few more, the same on every process."""
+    size = config.train_batch_size
+    firsts = range(0, GRADIENT_ROWS, size)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
+    return [
+        TrainingMicroBatch(
+            make_batch(flatten([dataset[draw] for draw in range(first, first + size)])),
+            models,
+            make_batch.objective,
+            machine.dtype,
+            1 / len(firsts),
+            scaler,
+        )
+        for first in firsts
+    ]
 
 
 def _class_pictures(

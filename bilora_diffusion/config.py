@@ -7,6 +7,7 @@ is written once. This module imports neither torch nor diffusers: `--help` and a
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,8 @@ FLAGS_OF_METHODS: dict[str, tuple[str, ...]] = {
 }
 """Which methods read a flag of the group Method; the flags that are not here hold for all."""
 
+STARTS = re.compile(r"gaussian|kaiming|pissa|pissa_niter_[0-9]{1,3}|olora|lora_ga")
+
 # Two ways to say one thing: never both. On the command line one of them displaces the other of the YAML file.
 RIVALS = (("rho", "rho_relative"), ("dataset_name", "instance_data_dir"))
 
@@ -127,6 +130,13 @@ class TrainingConfig:
     )
     lora_dropout: float = flag(
         0.0, "probability that an input of the primary adapter is dropped", group=METHOD, within=BELOW_ONE
+    )
+    init_lora_weights: str = flag(
+        "gaussian",
+        "how the LoRA begins: gaussian (A has standard deviation 1 / rank) or kaiming (as peft), with B = 0; from the "
+        "weights: pissa, pissa_niter_N, olora; from their gradient: lora_ga (docs/methods.md)",
+        group=METHOD,
+        origin="bilora",
     )
     use_dora: bool = flag(
         False,
@@ -633,6 +643,24 @@ class TrainingConfig:
                 f"--lora_layers is {show(self.lora_layers)}: it must be module names with a comma between "
                 "two, such as to_q,to_v"
             )
+        self._validate_start()
+
+    def _validate_start(self) -> None:
+        start = self.init_lora_weights
+        if not STARTS.fullmatch(start):
+            raise UserError(
+                f"--init_lora_weights is {show(start)}: it must be one of gaussian, kaiming, pissa, olora, "
+                "lora_ga, or pissa_niter_N for N power iterations, such as pissa_niter_16"
+            )
+        if self.moves_start and self.use_dora:
+            raise UserError(
+                f"--use_dora and --init_lora_weights {start} exclude each other: a DoRA's magnitudes are those of the "
+                "weights with the start in them; use gaussian or kaiming, or leave --use_dora out"
+            )
+        if self.moves_start and self.init_lora_from is not None:
+            raise UserError(
+                f"--init_lora_from and --init_lora_weights {start} are both set: they are two beginnings, give only one"
+            )
 
     def _validate_optimiser(self) -> None:
         if self.optimizer != "prodigy":
@@ -664,6 +692,16 @@ class TrainingConfig:
                 "--report_to wandb and --hub_token exclude each other, as the token could reach the tracker: "
                 "leave the token out and log in with the hub's own command"
             )
+
+    @property
+    def moves_start(self) -> bool:
+        """Whether the primary begins with B A that is not zero; see `initialisation`."""
+        return self.init_lora_weights not in ("gaussian", "kaiming")
+
+    @property
+    def file_rank(self) -> int:
+        """r of the written LoRA: a change since a start has twice the rank that is trained."""
+        return self.rank * (2 if self.moves_start else 1)
 
     @property
     def unet_targets(self) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""What several processes share: the mean of their gradients.
+"""What several processes share: the mean of their gradients, and the start.
 
 The models are not wrapped in DistributedDataParallel. The trained parameters are few (7 million on SDXL), so one
 all-reduce of one flat buffer a step costs next to nothing, and in return a method may run as many passes as it likes,
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["average", "average_gradients", "process_count"]
+__all__ = ["average", "average_gradients", "broadcast", "process_count"]
 
 
 def process_count() -> int:
@@ -32,6 +32,13 @@ def average(values: Sequence[Tensor]) -> list[Tensor]:
     flat /= dist.get_world_size()
     pieces = flat.split([value.numel() for value in values])
     return [piece.reshape(value.shape) for piece, value in zip(pieces, values, strict=True)]
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Gives every process the first one's values."""
+    if _several():
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], *scalars: Tensor) -> list[Tensor]:

@@ -17,12 +17,14 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from bilora_diffusion.adapters import AUXILIARY, auxiliary_off, parameters_of
+from bilora_diffusion.adapters import AUXILIARY, auxiliary_off
 from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures, steps_in_epoch
 from bilora_diffusion.checkpoint import (
     Checkpoint,
     find_checkpoint,
     load_checkpoint,
+    named_factors,
+    named_parameters,
     restore_adapters,
     save_checkpoint,
 )
@@ -265,13 +267,13 @@ class Run:
     def _save_checkpoint(self) -> None:
         parts, config = self.parts, self.config
         if self.machine.is_main:
-            auxiliary = {
-                f"{part}.{name}": parameter
-                for part, model in parts.models.items()
-                for name, parameter in parameters_of(model, AUXILIARY).items()
-            }
             checkpoint = Checkpoint(
-                _identity(config), _kept(config), self.progress.to_json(), parts.trainer.state_dict(), auxiliary
+                _identity(config),
+                _kept(config),
+                self.progress.to_json(),
+                parts.trainer.state_dict(),
+                named_parameters(parts.models, AUXILIARY),
+                named_factors(parts.models),
             )
             with auxiliary_off(parts.models.values()):
                 save_checkpoint(
@@ -291,6 +293,7 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha or float(config.rank),
         "lora_layers": config.lora_layers,
         "train_text_encoder": config.train_text_encoder,
+        "init_lora_weights": config.init_lora_weights,
         "use_dora": config.use_dora,
         "optimizer": config.optimizer,
         "use_8bit_adam": config.use_8bit_adam,

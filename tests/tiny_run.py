@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, adapted_layers, low_rank_layers, parameters_of
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, START, LowRank, adapted_layers, low_rank_layers, parameters_of
 from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures
 from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.bases.tiny import build_tiny_random
@@ -104,7 +104,7 @@ class TinyRun:
             f"{part}.{name}": tensor.detach().clone()
             for part, model in self.parts.models.items()
             for name, tensor in model.state_dict().items()
-            if not {PRIMARY, AUXILIARY} & set(name.split("."))
+            if not {PRIMARY, START, AUXILIARY} & set(name.split("."))
         }
 
     @property

@@ -29,8 +29,10 @@ class LoraFacts:
         base: the base's name as it may be shared, see `bases.Base.shared_name`.
         base_hub_id: the base's id on the model hub, None for a local or made-up base.
         method: `bilora`, `lora`, ...
-        rank: r of the primary adapter.
-        alpha: the primary's weight is multiplied by alpha / rank.
+        rank: r of the LoRA in the file.
+        alpha: its weight is multiplied by alpha / rank.
+        init_lora_weights: how the primary began. Where that was not zero, the file holds its change since, and rank
+            and alpha are twice those it was trained with.
         settings: the method's own knobs by the names of their flags, such as `rho` and `auxiliary_rank`.
         rho_relative: rho as a share of the adapted weights' norm, where it is the radius of a ball in their space.
         steps: optimiser steps made.
@@ -63,6 +65,7 @@ class LoraFacts:
     rank: int
     alpha: float
     base_hub_id: str | None = None
+    init_lora_weights: str | None = None
     settings: Mapping[str, float | int | str] = field(default_factory=dict)
     rho_relative: float | None = None
     steps: int | None = None
@@ -103,6 +106,7 @@ def bilora_metadata(facts: LoraFacts) -> dict[str, str]:
         "method": facts.method,
         "rank": facts.rank,
         "alpha": facts.alpha,
+        "init_lora_weights": facts.init_lora_weights,
         **facts.settings,
         "rho_relative": facts.rho_relative,
         "steps": facts.steps,
