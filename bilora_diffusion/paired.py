@@ -28,25 +28,38 @@ class Difference:
     """The mean of paired differences.
 
     Attributes:
-        values: one a seed.
-        half: half the width of the 95 % interval around the mean; None for one seed, which has none.
+        apart: one a seed; of a relative difference the logarithm of the ratio, so that no interval passes -100 %.
+        half: half the width of the 95 % interval around their mean; None for one seed, which has none.
+        relative: whether `mean` and `interval` are shares of the other's value.
     """
 
-    values: tuple[float, ...]
+    apart: tuple[float, ...]
     half: float | None
+    relative: bool
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values)
+        return self._shown(statistics.fmean(self.apart))
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        return None if self.half is None else (self.mean - self.half, self.mean + self.half)
+        if self.half is None:
+            return None
+        mean = statistics.fmean(self.apart)
+        return self._shown(mean - self.half), self._shown(mean + self.half)
 
     @property
     def is_shown(self) -> bool:
         """Whether the interval leaves zero out."""
-        return self.half is not None and abs(self.mean) > self.half
+        return self.half is not None and abs(statistics.fmean(self.apart)) > self.half
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether both are the same in every seed."""
+        return not any(self.apart)
+
+    def _shown(self, apart: float) -> float:
+        return math.expm1(apart) if self.relative else apart
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -61,9 +74,10 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, relativ
         relative: as a share of theirs.
 
     Returns:
-        None where a value is not finite, or theirs are not above 0 and the shares would mean nothing.
+        None where a value is not finite, or is not above 0 and a share would mean nothing.
     """
-    if not all(map(math.isfinite, (*ours, *theirs))) or (relative and min(theirs) <= 0):
+    both = (*ours, *theirs)
+    if not all(map(math.isfinite, both)) or (relative and min(both) <= 0):
         return None
-    values = tuple((a - b) / (b if relative else 1.0) for a, b in zip(ours, theirs, strict=True))
-    return Difference(values, half_width(values) if len(values) > 1 else None)
+    apart = tuple(math.log(a / b) if relative else a - b for a, b in zip(ours, theirs, strict=True))
+    return Difference(apart, half_width(apart) if len(apart) > 1 else None, relative)
