@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -21,15 +22,18 @@ from whole_run import Forked, forking, interrupted_after, metrics, quicken
 from bilora_diffusion.bases import Base
 from bilora_diffusion.cli import main as train
 from bilora_diffusion.data.pictures import find_pictures
+from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.embedded import CONCEPT_FOLDER
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.generation.engine import Engine
 from bilora_diffusion.measures import judge_for
 from bilora_diffusion.paired import T_95, half_width, paired_difference
+from bilora_diffusion.report.__main__ import _parse as parse_report
 from bilora_diffusion.report.__main__ import main
 from bilora_diffusion.report.drawing import most_alike
 from bilora_diffusion.report.making import Options, make_report
-from bilora_diffusion.report.measuring import SIZES
-from bilora_diffusion.report.plan import plan
+from bilora_diffusion.report.measuring import SIZES, Meter
+from bilora_diffusion.report.plan import check_methods, check_seeds, plan
 from bilora_diffusion.report.plots import COLOURS, INK, Line, Plot, mean_of, svg
 from bilora_diffusion.report.quantities import QUANTITIES, amount, compared
 from bilora_diffusion.report.running import run_all
@@ -384,6 +388,23 @@ def test_a_loss_is_what_the_sharpness_command_measures(report: Path, told: dict)
     )
 
 
+def test_half_precision_measures_the_same(report: Path, told: dict) -> None:
+    """As on a GPU: the base in bfloat16, the losses in float32 all the same, the gradient under autocast."""
+    engine = Engine(Base("embedded"), torch.device("cpu"), torch.bfloat16)
+    trained, _ = find_pictures(report / "pictures" / "training", instance_prompt=None)
+    objective = build_objective(engine.load().scheduler)
+    meter = Meter(engine, objective, {"training": trained}, resolution=64, draws=4, batch_size=2, seed=5)
+    path = report / "bilora-seed5" / DIFFUSERS_FILE
+    loras = [(path, "", 1.0)]
+    run = told["runs"]["bilora-seed5"]
+    assert meter.losses(loras)["training"] == pytest.approx(run["losses"]["training"], rel=5e-3)
+    assert meter.losses(())["training"] == pytest.approx(told["base_measured"]["losses"]["training"], rel=5e-3)
+    found = meter.sharpness(loras, "training")
+    assert found["losses"] == pytest.approx(run["sharpness"]["losses"], rel=0.05)
+    assert engine.load().unet.conv_in.weight.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in engine.load().unet.parameters())
+
+
 class Elements(HTMLParser):
     """Every element of a page with its attributes."""
 
@@ -456,6 +477,18 @@ def test_plots_have_a_line_a_seed_and_their_mean() -> None:
     text = svg(Plot("name", "title", "x", "y", [Line("LoRA", 0, curves), Line("Bi-LoRA", 1, curves[:1])]))
     assert text.startswith("<svg") and "currentColor" in text and "<metadata>" not in text
     assert len(re.findall(rf"stroke: {COLOURS[0]}", text)) >= 3  # two seeds, the mean; marks and the legend's own
+
+
+def test_the_documented_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    texts = [(root / name).read_text() for name in ("README.md", "docs/report.md", "Makefile")]
+    lines = re.findall(r"python -m bilora_diffusion\.report (--.*)", "\n".join(texts).replace("\\\n", " "))
+    assert len(lines) == 3
+    for line in lines:
+        arguments, rest = parse_report(shlex.split(line.replace("$(ARGS)", "")))
+        runs = plan(rest, check_methods(arguments.methods), check_seeds(None, arguments.seeds), Path("out"), None)
+        assert len(runs) == 6 and {run.method for run in runs} == {"lora", "bilora"}
 
 
 # --- Mistakes ---

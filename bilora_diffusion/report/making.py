@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -110,7 +111,13 @@ def make_report(options: Options, start: Start = launch) -> Path:
         write_folder(setting.trained, folder)
     trainings = plan(options.words, options.methods, seeds, options.output, folder)
     run_all(trainings, start)
-    results = _measure(options, setting, trainings)
+    try:
+        results = _measure(options, setting, trainings)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is too small for measuring: end what else uses it and give the same command again; the "
+            "trainings are done and kept"
+        ) from error
     return _write(results, options.output)
 
 
@@ -170,7 +177,8 @@ def _measure(options: Options, setting: Setting, trainings: Sequence[Training]) 
             },
             resolution=setting.resolution,
             draws=options.draws,
-            batch_size=setting.config.train_batch_size,
+            # A GPU that could just train a batch may have no room for one in float32.
+            batch_size=setting.config.train_batch_size if engine.device.type == "cpu" else 1,
             seed=setting.config.seed or 0,
         )
         known = [picture.load() for picture in setting.trained[:MOST_JUDGED]]

@@ -76,7 +76,7 @@ class Meter:
     @torch.no_grad()
     def losses(self, loras: Sequence[LoraFile], *names: str) -> dict[str, float]:
         """The mean denoising loss of each set, or of those that are named, with these files on."""
-        self.engine.use(loras)
+        self._use(loras)
         return {
             name: torch.stack([one.loss() for one in micro_batches]).mean().item()
             for name, micro_batches in self.sets.items()
@@ -85,13 +85,11 @@ class Meter:
 
     def sharpness(self, loras: Sequence[LoraFile], name: str) -> dict[str, Any]:
         """How the loss of a set rises along its gradient in the space of the factors; see `measures.worst_case`."""
-        self.engine.use(loras)
-        for model in self.models.values():
-            model.requires_grad_(False)
-        points = self._factors()
+        points = self._use(loras)
         try:
+            for model in self.models.values():
+                model.requires_grad_(False)
             for point in points:
-                point.data = point.data.float()
                 point.requires_grad_(True)
             return measures.worst_case(Landscape(points, self.sets[name]), SIZES, lambda text: None)
         finally:
@@ -99,9 +97,10 @@ class Meter:
                 point.requires_grad_(False)
                 point.grad = None
 
-    def _factors(self) -> list[nn.Parameter]:
-        """A and B of every layer that is on."""
-        return [
+    def _use(self, loras: Sequence[LoraFile]) -> list[nn.Parameter]:
+        """Puts the files on; returns A and B of every layer that is on, in float32 as they were trained."""
+        self.engine.use(loras)
+        factors = [
             factor[adapter].weight
             for model in self.models.values()
             for _, layer in adapted_layers(model)
@@ -110,6 +109,9 @@ class Meter:
             for factor in (layer.lora_A, layer.lora_B)
             if adapter in factor
         ]
+        for factor in factors:
+            factor.data = factor.data.float()
+        return factors
 
 
 class _FixedMicroBatch(TrainingMicroBatch):
