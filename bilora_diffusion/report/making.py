@@ -188,16 +188,17 @@ def _measure(options: Options, setting: Setting, trainings: Sequence[Training]) 
         runs = []
         for training in trainings:
             loras = columns[training.name]
-            losses = meter.losses(loras)
+            losses, summary = meter.losses(loras), _summary(training)
             course = [
                 (step, meter.losses([(path / DIFFUSERS_FILE, str(path), 1.0)], "training", "held_out"))
                 for step, path in checkpoints(training.folder)
+                if step < summary["steps"]  # the last one is the file itself
             ]
             tell(f"losses of {training.name}")
             sharpness = meter.sharpness(loras, "training")
             tell(f"sharpness of {training.name}")
             judged = _judged(setting, drawn[training.name], known)
-            runs.append(RunResult(training, _summary(training), losses, sharpness, course, *judged))
+            runs.append(RunResult(training, summary, losses, sharpness, course, *judged))
     return Results(
         command=options.command,
         base_name=setting.base.shared_name,

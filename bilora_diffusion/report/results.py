@@ -28,7 +28,7 @@ class RunResult:
         summary: of the run's `summary.json`.
         losses: of the sets `training`, `held_out` and `other`.
         sharpness: see `measures.worst_case`.
-        course: (step, losses) at each checkpoint.
+        course: (step, losses) at each checkpoint before the last step.
         similarities: `prompt`, `likeness`, `nearest`; empty without a CLIP.
         copy: the drawn picture most like a training picture.
     """
