@@ -1,19 +1,17 @@
 """The table of the quality benchmark, from the files of its runs."""
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.plan import Configuration
+from bilora_diffusion.paired import half_width
 
 __all__ = ["PICTURE_MEASURES", "at_best", "chosen", "report"]
 
 CHOOSING_SEED = 0
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
-"""Student's t of a 95 % interval, by the number of seeds."""
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
@@ -242,5 +240,4 @@ def _interval(values: Sequence[float], digits: int) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:+.{digits}f}"
-    half = T_95.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.{digits}f} +- {half:.{digits}f}"
+    return f"{mean:+.{digits}f} +- {half_width(values):.{digits}f}"
