@@ -18,6 +18,7 @@ from torch import nn
 
 from bilora_diffusion import methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, parameters_of
+from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
 from bilora_diffusion.batches import BatchMaker
 from bilora_diffusion.config import TrainingConfig
@@ -125,6 +126,9 @@ def assemble(
     )
     resolution = config.resolution or base.native_resolution()
     prior = _class_pictures(config, machine, base, resolution, seed)
+    prior_prompt = config.class_prompt if config.prior_from_base else None
+    if prior_prompt is not None:
+        check_prior_prompt(prior_prompt, pictures)
     dataset = DreamBoothDataset(
         pictures,
         class_pictures=prior,
@@ -144,11 +148,12 @@ def assemble(
     models: dict[str, nn.Module] = {}
     sampling_prompts: dict[str, PromptEmbeddings] = {}
     prompts: Prompts
+    texts = list(dict.fromkeys([*dataset.prompts(), *({prior_prompt} - {None})]))
     if config.train_text_encoder:
         models |= dict(zip(TEXT_ENCODERS, encoders, strict=True))
-        prompts = TokenizedPrompts(dataset.prompts(), tokenizers)
+        prompts = TokenizedPrompts(texts, tokenizers)
     else:
-        prompts = EmbeddedPrompts(dataset.prompts(), tokenizers, encoders)
+        prompts = EmbeddedPrompts(texts, tokenizers, encoders)
         for prompt in {config.validation_prompt, config.final_validation_prompt} - {None}:
             sampling_prompts[prompt] = embed_for_sampling(text, prompt, machine.device)
     scheduler, zeros = text.scheduler, text.config.force_zeros_for_empty_prompt
@@ -210,6 +215,7 @@ def assemble(
         compute_dtype=machine.dtype,
         max_grad_norm=config.max_grad_norm,
         seed=seed,
+        base_prior=prior_prompt is not None,
         ema_decay=config.ema_decay,
     )
     make_batch = BatchMaker(
@@ -221,6 +227,7 @@ def assemble(
         noise_offset=config.noise_offset,
         prior_loss_weight=config.prior_loss_weight,
         device=machine.device,
+        prior_prompt=prior_prompt,
     )
     return Parts(
         base,
@@ -241,7 +248,7 @@ def assemble(
 def _class_pictures(
     config: TrainingConfig, machine: Machine, base: Base, resolution: int, seed: int
 ) -> list[Picture] | None:
-    if not config.with_prior_preservation:
+    if not config.with_prior_preservation or config.prior_from_base:
         return None
     folder = Path(config.class_data_dir)
     missing = missing_class_pictures(folder, config.num_class_images)

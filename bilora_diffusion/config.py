@@ -332,17 +332,22 @@ class TrainingConfig:
     )
 
     # --- Prior preservation ---
-    with_prior_preservation: bool = flag(
-        False, "train on pictures of the class too, so that it is not forgotten", group=PRIOR
+    with_prior_preservation: bool = flag(False, "train on the class too, so that it is not forgotten", group=PRIOR)
+    prior_source: Literal["class_images", "base_prediction"] = flag(
+        "class_images",
+        "what the class is held to: pictures that the base draws, or (needing no pictures) what the base predicts "
+        "for the instance's own latents under the class prompt",
+        group=PRIOR,
+        origin="bilora",
     )
     class_data_dir: str | None = flag(
         None, "folder with the class pictures; missing ones are generated into it", group=PRIOR
     )
     class_prompt: str | None = flag(
-        None, "prompt of the class pictures, such as 'a photo of a dog'", group=PRIOR, may_be_empty=True
+        None, "prompt of the class, such as 'a photo of a dog'", group=PRIOR, may_be_empty=True
     )
     prior_loss_weight: float = flag(
-        1.0, "weight of the class pictures' loss beside the instance's 1", group=PRIOR, within=NOT_NEGATIVE
+        1.0, "weight of the class's loss beside the instance's 1", group=PRIOR, within=NOT_NEGATIVE
     )
     num_class_images: int = flag(
         100, "how many class pictures there must be; the rest is generated", group=PRIOR, within=AT_LEAST_ONE
@@ -615,9 +620,14 @@ class TrainingConfig:
         if self.dataset_name is not None and self.instance_data_dir is not None:
             raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
         if self.with_prior_preservation:
-            for name in ("class_data_dir", "class_prompt"):
+            for name in ("class_prompt",) if self.prior_from_base else ("class_data_dir", "class_prompt"):
                 if getattr(self, name) is None:
                     raise UserError(f"--with_prior_preservation needs --{name}: set it, or leave both out")
+        if self.prior_from_base and self.class_prompt == "" and self.caption_dropout:
+            raise UserError(
+                "--prior_source base_prediction with an empty --class_prompt holds the empty prompt to the base, and "
+                "--caption_dropout teaches it the pictures: leave one of them out"
+            )
         # What is written into the folder of pictures would be learnt as the subject next time.
         for name in ("class_data_dir", "output_dir"):
             if self.instance_data_dir is not None and _same_folder(getattr(self, name), self.instance_data_dir):
@@ -670,6 +680,11 @@ class TrainingConfig:
         """--lora_layers as a list; None for the attention projections."""
         return None if self.lora_layers is None else [name.strip() for name in self.lora_layers.split(",")]
 
+    @property
+    def prior_from_base(self) -> bool:
+        """Whether class rows are held to the frozen base's prediction, not to class pictures."""
+        return self.with_prior_preservation and self.prior_source == "base_prediction"
+
     def warnings(self) -> list[str]:
         """What is allowed but hardly meant, one line each, to be shown once by the main process."""
         # Not of lora: it is what every other configuration is compared with, by this one flag.
@@ -699,6 +714,14 @@ class TrainingConfig:
             (
                 self.class_prompt is not None and not self.with_prior_preservation,
                 "--class_prompt has no effect without --with_prior_preservation",
+            ),
+            (
+                self.prior_source != "class_images" and not self.with_prior_preservation,
+                f"--prior_source {self.prior_source} has no effect without --with_prior_preservation",
+            ),
+            (
+                self.prior_from_base and self.class_data_dir is not None,
+                "--class_data_dir has no effect with --prior_source base_prediction, which uses no class pictures",
             ),
             (
                 prodigy and self.learning_rate <= 0.1,

@@ -143,6 +143,7 @@ def lora_facts(config: TrainingConfig, parts: Parts, progress: Progress, started
         seed=progress.seed,
         num_images=len(dataset.instances),
         num_class_images=len(dataset.class_pictures) or None,
+        prior_prompt=config.class_prompt if config.prior_from_base else None,
         batch_size=config.train_batch_size,
         accumulation=config.gradient_accumulation_steps,
         num_processes=process_count(),

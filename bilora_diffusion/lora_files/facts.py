@@ -42,6 +42,7 @@ class LoraFacts:
         seed: of the run.
         num_images: training pictures, repeats not counted.
         num_class_images: class pictures of prior preservation.
+        prior_prompt: the prompt that was held to the base's own prediction, None if none was.
         batch_size: pictures a process and micro-batch.
         accumulation: micro-batches an optimiser step.
         num_processes: processes that shared a step.
@@ -75,6 +76,7 @@ class LoraFacts:
     seed: int | None = None
     num_images: int | None = None
     num_class_images: int | None = None
+    prior_prompt: str | None = None
     batch_size: int | None = None
     accumulation: int = 1
     num_processes: int = 1

@@ -197,6 +197,7 @@ def _training(facts: LoraFacts) -> str:
         **{SETTINGS[name]: _setting(facts, name) for name in SETTINGS if name in facts.settings},
         "adapted modules of the UNet": ", ".join(f"`{name}`" for name in facts.lora_layers or ()) or None,
         "pictures": None if facts.num_images is None else f"{facts.num_images}{prior}",
+        "held to the base's own prediction": None if facts.prior_prompt is None else f"`{facts.prior_prompt}`",
         "resolution": f"{facts.resolution} px" if facts.resolution else None,
         "optimiser steps": facts.steps,
         "pictures a step": _rows_a_step(facts),
