@@ -22,6 +22,7 @@ from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
 from bilora_diffusion.batches import BatchMaker
 from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.data.captions import CaptionRule, check_shuffling
 from bilora_diffusion.data.dreambooth import DreamBoothDataset
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
@@ -125,21 +126,8 @@ def assemble(
         vae=config.pretrained_vae_model_name_or_path,
     )
     resolution = config.resolution or base.native_resolution()
-    prior = _class_pictures(config, machine, base, resolution, seed)
+    dataset = _data_set(config, machine, base, pictures, resolution, seed)
     prior_prompt = config.class_prompt if config.prior_from_base else None
-    if prior_prompt is not None:
-        check_prior_prompt(prior_prompt, pictures)
-    dataset = DreamBoothDataset(
-        pictures,
-        class_pictures=prior,
-        resolution=resolution,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        interpolation=config.image_interpolation_mode,
-        seed=seed,
-        repeats=config.repeats,
-        caption_dropout=config.caption_dropout,
-    )
     initial = read_lora(config.init_lora_from, base) if config.init_lora_from and not resumed else None
     text = base.load(*TEXT_ENCODERS, dtype=machine.dtype)
     encoders = [getattr(text, part).requires_grad_(False).to(machine.device) for part in TEXT_ENCODERS]
@@ -153,7 +141,11 @@ def assemble(
         models |= dict(zip(TEXT_ENCODERS, encoders, strict=True))
         prompts = TokenizedPrompts(texts, tokenizers)
     else:
-        prompts = EmbeddedPrompts(texts, tokenizers, encoders)
+        prompts = EmbeddedPrompts(texts, tokenizers, encoders, all_known=not config.shuffle_caption)
+        if config.shuffle_caption and machine.is_main:
+            logger.info(
+                "the text encoders stay in memory: --shuffle_caption makes prompts that cannot be embedded ahead"
+            )
         for prompt in {config.validation_prompt, config.final_validation_prompt} - {None}:
             sampling_prompts[prompt] = embed_for_sampling(text, prompt, machine.device)
     scheduler, zeros = text.scheduler, text.config.force_zeros_for_empty_prompt
@@ -242,6 +234,26 @@ def assemble(
         scheduler,
         zeros,
         sampling_prompts,
+    )
+
+
+def _data_set(
+    config: TrainingConfig, machine: Machine, base: Base, pictures: list[Picture], resolution: int, seed: int
+) -> DreamBoothDataset:
+    captions = CaptionRule(config.caption_dropout, config.shuffle_caption, config.keep_tokens)
+    check_shuffling(captions, pictures)
+    if config.prior_from_base:
+        check_prior_prompt(config.class_prompt, pictures)
+    return DreamBoothDataset(
+        pictures,
+        class_pictures=_class_pictures(config, machine, base, resolution, seed),
+        resolution=resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        interpolation=config.image_interpolation_mode,
+        seed=seed,
+        repeats=config.repeats,
+        captions=captions,
     )
 
 

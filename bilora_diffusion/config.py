@@ -321,6 +321,19 @@ class TrainingConfig:
         within=FRACTION,
         origin="diffusers",
     )
+    shuffle_caption: bool = flag(
+        False,
+        "put a caption's comma-separated tags into a random order, drawn anew each time",
+        group=DATA,
+        origin="kohya",
+    )
+    keep_tokens: int = flag(
+        0,
+        "tags at a caption's head that --shuffle_caption leaves in place",
+        group=DATA,
+        within=NOT_NEGATIVE,
+        origin="kohya",
+    )
     cache_latents: bool | None = flag(
         None,
         "encode each picture once and free the VAE; unset: on where the augmentation allows it",
@@ -722,6 +735,10 @@ class TrainingConfig:
             (
                 self.prior_from_base and self.class_data_dir is not None,
                 "--class_data_dir has no effect with --prior_source base_prediction, which uses no class pictures",
+            ),
+            (
+                self.keep_tokens > 0 and not self.shuffle_caption,
+                f"--keep_tokens {self.keep_tokens} has no effect without --shuffle_caption",
             ),
             (
                 prodigy and self.learning_rate <= 0.1,

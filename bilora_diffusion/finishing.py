@@ -151,6 +151,8 @@ def lora_facts(config: TrainingConfig, parts: Parts, progress: Progress, started
         min_snr_gamma=config.snr_gamma,
         noise_offset=config.noise_offset,
         caption_dropout=config.caption_dropout,
+        shuffle_caption=config.shuffle_caption,
+        keep_tokens=config.keep_tokens,
         lora_layers=config.unet_targets,
         trained_parts=tuple(parts.models),
         use_dora=config.use_dora,

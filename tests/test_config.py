@@ -189,6 +189,7 @@ NOT_NEGATIVE = [
     "adam_weight_decay",
     "adam_weight_decay_text_encoder",
     "dataloader_num_workers",
+    "keep_tokens",
 ]
 
 WARNED: list[tuple[dict[str, Any], str]] = [

@@ -1,7 +1,7 @@
 """2-> Instance and class (prior) pictures with their captions, and which of them each draw of the run shows.
 
 A draw is the number of an instance row since the run began, over all processes and micro-batches. Everything
-about a row (picture, crop, flip, caption dropout) follows from the seed and its draw. So a crop is new each
+about a row (picture, crop, flip, what is done to its caption) follows from the seed and its draw. So a crop is new each
 time a picture is seen, a resumed run starts at its next draw without saved state, and two processes with
 batch b read the rows of one with batch 2b.
 """
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
+from bilora_diffusion.data.captions import CaptionRule
 from bilora_diffusion.data.images import Prepared, View, draw_view, render, resize, resized_size
 from bilora_diffusion.data.pictures import Picture
 from bilora_diffusion.errors import UserError
@@ -57,7 +58,7 @@ class Row:
         pixels: (3, R, R), float32 in [-1, 1]; None when the data set does not decode.
         original_size: (height, width) in px of this very picture, upright, before resizing.
         crop_top_left: (y, x) in px, in the resized and, if `flipped`, mirrored picture.
-        prompt: its caption, or "" where caption dropout struck.
+        prompt: its caption, as the `CaptionRule` makes it for this draw.
         is_class: a class (prior) picture.
         picture: its number among the instance or the class pictures.
         flipped: mirrored left to right.
@@ -98,7 +99,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         center_crop, random_flip, interpolation: see `images.prepare`.
         seed: the run's seed.
         repeats: how often an epoch shows each instance picture.
-        caption_dropout: share of instance rows, in [0, 1], whose prompt is "".
+        captions: what is done to the captions of instance rows; unset: nothing.
         decode: False leaves `Row.pixels` None and opens no file (latents are cached). May be set later,
             before a DataLoader starts its workers.
     """
@@ -114,7 +115,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         interpolation: str = "lanczos",
         seed: int,
         repeats: int = 1,
-        caption_dropout: float = 0.0,
+        captions: CaptionRule | None = None,
         decode: bool = True,
     ) -> None:
         if not instances:
@@ -128,7 +129,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         self.random_flip = random_flip
         self.interpolation = interpolation
         self.seed = seed
-        self.caption_dropout = caption_dropout
+        self.captions = captions or CaptionRule()
         self.decode = decode
         self._length = max(len(self.instances) * repeats, len(self.class_pictures))
         self._order = Shuffled(len(self), seed, "order")
@@ -191,9 +192,13 @@ class DreamBoothDataset(Dataset[list[Row]]):
                 )
 
     def prompts(self) -> list[str]:
-        """Every prompt a row can have, each once; with caption dropout "" is one."""
-        captions = [picture.caption for _, _, picture in self._all_pictures()]
-        return list(dict.fromkeys(captions + [""] * (self.caption_dropout > 0)))
+        """Every prompt a row can have but those with shuffled tags, each once; with caption dropout "" is one."""
+        captions = [
+            picture.caption
+            for is_class, _, picture in self._all_pictures()
+            if is_class or not self.captions.changes_order_of(picture.caption)
+        ]
+        return list(dict.fromkeys(captions + [""] * (self.captions.dropout > 0)))
 
     def _all_pictures(self) -> Iterator[tuple[bool, int, Picture]]:
         for is_class, pictures in ((False, self.instances), (True, self.class_pictures)):
@@ -203,15 +208,11 @@ class DreamBoothDataset(Dataset[list[Row]]):
     def _row(self, picture: Picture, is_class: bool, index: int, draw: int) -> Row:
         purpose = "class augmentation" if is_class else "augmentation"
         view = self._view(picture, generator(self.seed, purpose, draw))
-        prompt = "" if not is_class and self._drops_caption(draw) else picture.caption
+        prompt = picture.caption if is_class else self.captions(picture.caption, self.seed, draw)
         return Row(None, view.original_size, view.crop_top_left, prompt, is_class, index, view.flipped, draw)
 
     def _view(self, picture: Picture, random: torch.Generator) -> View:
         return draw_view(picture.size, self.resolution, self.center_crop, self.random_flip, random)
-
-    def _drops_caption(self, draw: int) -> bool:
-        random = generator(self.seed, "caption dropout", draw)
-        return torch.rand((), generator=random).item() < self.caption_dropout
 
     def _pixels(self, is_class: bool, index: int, view: View) -> torch.Tensor:
         return render(self._resized(is_class, index), view, self.resolution)

@@ -207,6 +207,7 @@ def _training(facts: LoraFacts) -> str:
         "min-SNR gamma": facts.min_snr_gamma,
         "noise offset": facts.noise_offset or None,
         "caption dropout": facts.caption_dropout or None,
+        "captions' tags": f"shuffled, the first {facts.keep_tokens or 0} kept" if facts.shuffle_caption else None,
         "prediction type": facts.prediction_type,
         "seed": facts.seed,
         "finished": None if facts.finished_at is None else utc_date(facts.finished_at),
