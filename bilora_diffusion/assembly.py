@@ -25,6 +25,7 @@ from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.captions import CaptionRule, check_shuffling
 from bilora_diffusion.data.dreambooth import DreamBoothDataset
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
+from bilora_diffusion.data.masks import with_alpha_masks, with_mask_files
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.errors import UserError
@@ -81,7 +82,17 @@ class Parts:
 
 
 def read_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
-    """The instance pictures, found and checked before anything heavy is loaded, and warnings."""
+    """The instance pictures with their masks, found and checked before anything heavy is loaded, and warnings."""
+    pictures, warnings = _find_pictures(config)
+    if config.mask_dir is not None:
+        return with_mask_files(pictures, config.mask_dir), warnings
+    if config.alpha_mask:
+        pictures, more = with_alpha_masks(pictures)
+        return pictures, warnings + more
+    return pictures, warnings
+
+
+def _find_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
     if config.dataset_name is not None:
         return pictures_of_dataset(
             config.dataset_name,

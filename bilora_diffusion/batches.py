@@ -29,6 +29,8 @@ class Batch:
         instances: (B,): 1 for an instance row, 0 for a class row.
         base_predictions: (B, 4, H/8, W/8), float32: what the class rows are held to in place of the truth
             (`--prior_source base_prediction`); None without.
+        place_weights: (B, 1, H/8, W/8), the weight of each place of the latents in its row's loss: a mask, ones where a
+            row has none; None where no row has one.
     """
 
     latents: Tensor
@@ -38,6 +40,7 @@ class Batch:
     weights: Tensor
     instances: Tensor
     base_predictions: Tensor | None = None
+    place_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -89,8 +92,10 @@ class BatchMaker:
         sizes = [time_ids(row.original_size, row.crop_top_left, self.target) for row in rows]
         prompts = [row.prompt for row in rows]
         instances = [float(not row.is_class) for row in rows]
+        weights = self.latents.loss_weights(rows)
         if self.prior_prompt is not None:
             latents, noises, timesteps, sizes = map(_doubled, (latents, noises, timesteps, sizes))
+            weights = [weight for own in weights for weight in (own, None)]
             prompts = [prompt for own in prompts for prompt in (own, self.prior_prompt)]
             instances = [1.0, 0.0] * len(rows)
         is_instance = torch.tensor(instances)
@@ -100,7 +105,14 @@ class BatchMaker:
             self.prompts.conditioning(prompts, torch.stack(sizes)).to(self.device),
             torch.where(is_instance > 0, 1.0, self.prior_loss_weight).to(self.device),
             is_instance.to(self.device),
+            place_weights=self._place_weights(weights, latents),
         )
+
+    def _place_weights(self, weights: Sequence[Tensor | None], latents: Sequence[Tensor]) -> Tensor | None:
+        if all(weight is None for weight in weights):
+            return None
+        ones = torch.ones(latents[0].shape[1:])
+        return torch.stack([ones if weight is None else weight for weight in weights])[:, None].to(self.device)
 
 
 def _doubled(tensors: list[Tensor]) -> list[Tensor]:
@@ -141,7 +153,8 @@ class TrainingMicroBatch:
             is_instance = batch.instances[rows].reshape(-1, 1, 1, 1) > 0
             targets = torch.where(is_instance, targets, batch.base_predictions[rows])
         output = self._output(noisy, timesteps, batch.conditioning[rows])
-        losses = self.objective.errors(output, targets, noisy, timesteps)
+        weights = None if batch.place_weights is None else batch.place_weights[rows]
+        losses = self.objective.errors(output, targets, noisy, timesteps, weights)
         return (batch.weights[rows] * losses).sum() / batch.instances[rows].sum().clamp_min(1)
 
     @torch.no_grad()

@@ -314,6 +314,15 @@ class TrainingConfig:
     image_interpolation_mode: Literal[
         "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
     ] = flag("lanczos", "filter that resizes the pictures", group=DATA)
+    mask_dir: str | None = flag(
+        None,
+        "folder of masks named as their pictures: white is learnt, black is not, grey in between",
+        group=DATA,
+        origin="bilora",
+    )
+    alpha_mask: bool = flag(
+        False, "each picture's transparency is its mask: what is opaque is learnt", group=DATA, origin="kohya"
+    )
     caption_dropout: float = flag(
         0.0,
         "probability that a caption is replaced by the empty one",
@@ -632,6 +641,7 @@ class TrainingConfig:
             raise UserError("no pictures to learn: give --instance_data_dir FOLDER or --dataset_name NAME")
         if self.dataset_name is not None and self.instance_data_dir is not None:
             raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
+        self._validate_masks()
         if self.with_prior_preservation:
             for name in ("class_prompt",) if self.prior_from_base else ("class_data_dir", "class_prompt"):
                 if getattr(self, name) is None:
@@ -647,6 +657,19 @@ class TrainingConfig:
                 raise UserError(
                     f"--{name} is the folder of --instance_data_dir, {show(self.instance_data_dir)}: give it its own"
                 )
+
+    def _validate_masks(self) -> None:
+        if self.mask_dir is None:
+            return
+        if self.alpha_mask:
+            raise UserError("--mask_dir and --alpha_mask are both set: a picture has one mask, give only one of them")
+        if self.dataset_name is not None:
+            raise UserError("--mask_dir goes by the names of files: with --dataset_name use --alpha_mask")
+        if _same_folder(self.mask_dir, self.instance_data_dir):
+            raise UserError(
+                "--mask_dir is the folder of --instance_data_dir, where masks would be learnt as pictures: give it "
+                "its own"
+            )
 
     def _validate_method(self) -> None:
         if self.rho is not None and self.rho_relative is not None:

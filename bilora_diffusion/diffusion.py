@@ -85,9 +85,22 @@ class Objective:
             return noisy - sigma * output
         return noisy / (sigma**2 + 1) - output * sigma / (sigma**2 + 1).sqrt()
 
-    def errors(self, output: Tensor, targets: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The weighted mean squared distance of each row's prediction from its target, (B,), float32."""
+    def errors(
+        self,
+        output: Tensor,
+        targets: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        place_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted mean squared distance of each row's prediction from its target, (B,), float32.
+
+        Arguments:
+            place_weights: (B, 1, H/8, W/8), of the squares in their mean, a mean of 1 for the usual size; None: all 1.
+        """
         squares = (self.predictions(output, noisy, timesteps) - targets).square()
+        if place_weights is not None:
+            squares = squares * place_weights
         if not self.edm:
             return squares.flatten(1).mean(1) * self._snr_weights(timesteps)
         # sigma^-2 where the schedule is not EDM's own.

@@ -116,6 +116,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"with_prior_preservation": True, "prior_source": "base_prediction"}, "needs --class_prompt"),
     (FROM_BASE | {"class_prompt": "", "caption_dropout": 0.1}, "--caption_dropout teaches it"),
     ({"prior_source": "base"}, "--prior_source is 'base': it must be one of class_images, base_prediction"),
+    ({"mask_dir": "masks", "alpha_mask": True}, "--mask_dir and --alpha_mask are both set"),
+    ({"mask_dir": "./photos"}, "--mask_dir is the folder of --instance_data_dir"),
+    (
+        {"mask_dir": "m", "dataset_name": "owner/dogs", "instance_data_dir": None},
+        "with --dataset_name use --alpha_mask",
+    ),
     (PRIOR | {"class_data_dir": "./photos/"}, "--class_data_dir is the folder of --instance_data_dir"),
     ({"output_dir": "photos"}, "--output_dir is the folder of --instance_data_dir"),
     ({"rho": 0.1, "rho_relative": 0.1}, "--rho and --rho_relative"),

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from bilora_diffusion.data.captions import CaptionRule
 from bilora_diffusion.data.images import Prepared, View, draw_view, render, resize, resized_size
+from bilora_diffusion.data.masks import render_mask
 from bilora_diffusion.data.pictures import Picture
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.randomness import generator
@@ -56,6 +57,7 @@ class Row:
 
     Attributes:
         pixels: (3, R, R), float32 in [-1, 1]; None when the data set does not decode.
+        mask: (R, R), float32, the weight of each pixel in the loss; None where all weigh the same, or as `pixels`.
         original_size: (height, width) in px of this very picture, upright, before resizing.
         crop_top_left: (y, x) in px, in the resized and, if `flipped`, mirrored picture.
         prompt: its caption, as the `CaptionRule` makes it for this draw.
@@ -73,6 +75,7 @@ class Row:
     picture: int
     flipped: bool
     draw: int
+    mask: torch.Tensor | None = None
 
     @property
     def key(self) -> VariantKey:
@@ -134,7 +137,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         self._length = max(len(self.instances) * repeats, len(self.class_pictures))
         self._order = Shuffled(len(self), seed, "order")
         self._class_order = Shuffled(len(self.class_pictures), seed, "class order")
-        self._kept: dict[tuple[bool, int], Image.Image] = {}
+        self._kept: dict[tuple[bool, int], tuple[Image.Image, Image.Image | None]] = {}
         self._kept_bytes = 0
 
     def __len__(self) -> int:
@@ -145,7 +148,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         rows = self.describe(draw)
         if not self.decode:
             return rows
-        return [replace(row, pixels=self._pixels(row.is_class, row.picture, row.view)) for row in rows]
+        return [self._decoded(row) for row in rows]
 
     def stop_decoding(self) -> None:
         """From now on rows come without pixels; pictures kept in memory are let go."""
@@ -185,10 +188,10 @@ class DreamBoothDataset(Dataset[list[Row]]):
         for is_class, index, picture in self._all_pictures():
             view = self._view(picture, generator(0))  # of one crop only, so the numbers drawn do not matter
             for flipped in (False, True) if self.random_flip else (False,):
-                pixels = self._pixels(is_class, index, replace(view, flipped=flipped))
+                pixels, mask = self._shown(is_class, index, replace(view, flipped=flipped))
                 yield (
                     (is_class, index, flipped),
-                    Prepared(pixels, view.original_size, view.crop_top_left, flipped),
+                    Prepared(pixels, view.original_size, view.crop_top_left, flipped, mask),
                 )
 
     def prompts(self) -> list[str]:
@@ -214,10 +217,17 @@ class DreamBoothDataset(Dataset[list[Row]]):
     def _view(self, picture: Picture, random: torch.Generator) -> View:
         return draw_view(picture.size, self.resolution, self.center_crop, self.random_flip, random)
 
-    def _pixels(self, is_class: bool, index: int, view: View) -> torch.Tensor:
-        return render(self._resized(is_class, index), view, self.resolution)
+    def _decoded(self, row: Row) -> Row:
+        pixels, mask = self._shown(row.is_class, row.picture, row.view)
+        return replace(row, pixels=pixels, mask=mask)
 
-    def _resized(self, is_class: bool, index: int) -> Image.Image:
+    def _shown(self, is_class: bool, index: int, view: View) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The pixels and the mask."""
+        resized, mask = self._resized(is_class, index)
+        pixels = render(resized, view, self.resolution)
+        return pixels, None if mask is None else render_mask(mask, view, self.resolution)
+
+    def _resized(self, is_class: bool, index: int) -> tuple[Image.Image, Image.Image | None]:
         # A photo takes 0.1 s and more to decode and resize, and a few photos are shown again and again.
         if (is_class, index) in self._kept:
             return self._kept[is_class, index]
@@ -226,11 +236,14 @@ class DreamBoothDataset(Dataset[list[Row]]):
         if (image.height, image.width) != picture.size:
             raise UserError(f"{picture.name} changed while the run was using it: start the run again")
         resized = resize(image, self.resolution, self.interpolation)
-        size_bytes = 3 * resized.width * resized.height
+        mask = picture.load_mask()
+        if mask is not None:
+            mask = mask.resize(resized.size, Image.Resampling.BOX)
+        size_bytes = (3 if mask is None else 4) * resized.width * resized.height
         if self._kept_bytes + size_bytes <= _KEPT_BYTES:
-            self._kept[is_class, index] = resized
+            self._kept[is_class, index] = resized, mask
             self._kept_bytes += size_bytes
-        return resized
+        return resized, mask
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}  # workers decode for themselves

@@ -208,6 +208,7 @@ def _training(facts: LoraFacts) -> str:
         "noise offset": facts.noise_offset or None,
         "caption dropout": facts.caption_dropout or None,
         "captions' tags": f"shuffled, the first {facts.keep_tokens or 0} kept" if facts.shuffle_caption else None,
+        "loss": "masked" if facts.masked_loss else None,
         "prediction type": facts.prediction_type,
         "seed": facts.seed,
         "finished": None if facts.finished_at is None else utc_date(facts.finished_at),
