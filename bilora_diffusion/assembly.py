@@ -24,6 +24,7 @@ from bilora_diffusion.batches import BatchMaker
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.captions import CaptionRule, check_shuffling
 from bilora_diffusion.data.dreambooth import DreamBoothDataset
+from bilora_diffusion.data.latent_files import LatentFiles
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
 from bilora_diffusion.data.masks import with_alpha_masks, with_mask_files
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
@@ -306,10 +307,11 @@ def _prior_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
 
 
 def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: DreamBoothDataset) -> LatentSource:
-    if config.cache_latents and not dataset.cacheable:
+    if (config.cache_latents or config.cache_dir_latents) and not dataset.cacheable:
+        flag = "cache_latents" if config.cache_latents else "cache_dir_latents"
         raise UserError(
-            "--cache_latents: random crops are drawn anew each time, so there is nothing to keep: "
-            "add --center_crop, or leave --cache_latents out"
+            f"--{flag}: random crops are drawn anew each time, so there is nothing to keep: "
+            f"add --center_crop, or leave --{flag} out"
         )
     cached = dataset.cacheable if config.cache_latents is None else config.cache_latents
     if not cached and config.cache_latents is None and machine.is_main:
@@ -318,7 +320,12 @@ def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: Drea
     vae.enable_slicing()
     if not cached:
         return EncodedLatents(dataset, vae)
-    latents = CachedLatents(dataset, vae)
+    files = None
+    if config.cache_dir_latents is not None:
+        files = LatentFiles(config.cache_dir_latents, vae, dataset.resolution, dataset.interpolation)
+    latents = CachedLatents(dataset, vae, files, machine.rank, machine.processes)
+    if files is not None and machine.is_main:
+        logger.info(f"latents: {files.found} read from {files.folder}, {files.made} encoded and kept there")
     dataset.stop_decoding()
     del vae
     free_memory()

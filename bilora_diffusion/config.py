@@ -349,6 +349,12 @@ class TrainingConfig:
         group=DATA,
         origin="diffusers",
     )
+    cache_dir_latents: str | None = flag(
+        None,
+        "folder that keeps the encoded pictures for the next run; any number of runs may share it; unset: none",
+        group=DATA,
+        origin="bilora",
+    )
     dataloader_num_workers: int = flag(
         0, "processes that read pictures; 0 = the main process", group=DATA, within=NOT_NEGATIVE
     )
@@ -642,6 +648,8 @@ class TrainingConfig:
         if self.dataset_name is not None and self.instance_data_dir is not None:
             raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
         self._validate_masks()
+        if self.cache_dir_latents is not None and self.cache_latents is False:
+            raise UserError("--cache_dir_latents keeps latents and --cache_latents is off: leave one of them out")
         if self.with_prior_preservation:
             for name in ("class_prompt",) if self.prior_from_base else ("class_data_dir", "class_prompt"):
                 if getattr(self, name) is None:

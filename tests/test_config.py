@@ -122,6 +122,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"mask_dir": "m", "dataset_name": "owner/dogs", "instance_data_dir": None},
         "with --dataset_name use --alpha_mask",
     ),
+    ({"cache_dir_latents": "kept", "cache_latents": False}, "--cache_dir_latents keeps latents and --cache_latents is"),
     (PRIOR | {"class_data_dir": "./photos/"}, "--class_data_dir is the folder of --instance_data_dir"),
     ({"output_dir": "photos"}, "--output_dir is the folder of --instance_data_dir"),
     ({"rho": 0.1, "rho_relative": 0.1}, "--rho and --rho_relative"),

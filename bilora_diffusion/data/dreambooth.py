@@ -7,7 +7,7 @@ batch b read the rows of one with batch 2b.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from bilora_diffusion.data.captions import CaptionRule
-from bilora_diffusion.data.images import Prepared, View, draw_view, render, resize, resized_size
+from bilora_diffusion.data.images import View, draw_view, render, resize, resized_size
 from bilora_diffusion.data.masks import render_mask
 from bilora_diffusion.data.pictures import Picture
 from bilora_diffusion.errors import UserError
@@ -137,7 +137,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         self._length = max(len(self.instances) * repeats, len(self.class_pictures))
         self._order = Shuffled(len(self), seed, "order")
         self._class_order = Shuffled(len(self.class_pictures), seed, "class order")
-        self._kept: dict[tuple[bool, int], tuple[Image.Image, Image.Image | None]] = {}
+        self._kept: dict[tuple[bool, int, str], Image.Image] = {}
         self._kept_bytes = 0
 
     def __len__(self) -> int:
@@ -177,7 +177,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         sizes = (resized_size(picture.size, self.resolution) for _, _, picture in self._all_pictures())
         return self.center_crop or all(height == width for height, width in sizes)
 
-    def variants(self) -> Iterator[tuple[VariantKey, Prepared]]:
+    def variants(self) -> Iterator[tuple[VariantKey, View]]:
         """What the rows of a `cacheable` data set can show, each once, under the `Row.key` of those rows.
 
         Raises:
@@ -188,11 +188,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         for is_class, index, picture in self._all_pictures():
             view = self._view(picture, generator(0))  # of one crop only, so the numbers drawn do not matter
             for flipped in (False, True) if self.random_flip else (False,):
-                pixels, mask = self._shown(is_class, index, replace(view, flipped=flipped))
-                yield (
-                    (is_class, index, flipped),
-                    Prepared(pixels, view.original_size, view.crop_top_left, flipped, mask),
-                )
+                yield (is_class, index, flipped), replace(view, flipped=flipped)
 
     def prompts(self) -> list[str]:
         """Every prompt a row can have but those with shuffled tags, each once; with caption dropout "" is one."""
@@ -217,33 +213,47 @@ class DreamBoothDataset(Dataset[list[Row]]):
     def _view(self, picture: Picture, random: torch.Generator) -> View:
         return draw_view(picture.size, self.resolution, self.center_crop, self.random_flip, random)
 
+    def picture(self, is_class: bool, index: int) -> Picture:
+        return (self.class_pictures if is_class else self.instances)[index]
+
+    def pixels(self, is_class: bool, index: int, view: View) -> torch.Tensor:
+        """(3, R, R), float32 in [-1, 1]: what a view shows of a picture.
+
+        Raises:
+            UserError: the picture cannot be read, or is another than it was.
+        """
+        return render(self._kept_as((is_class, index, "pixels"), self._resized), view, self.resolution)
+
+    def mask(self, is_class: bool, index: int, view: View) -> torch.Tensor | None:
+        """(R, R), float32: the weights of those pixels in the loss; None where all weigh the same. Errors as above."""
+        if self.picture(is_class, index).mask is None:
+            return None
+        return render_mask(self._kept_as((is_class, index, "mask"), self._resized_mask), view, self.resolution)
+
     def _decoded(self, row: Row) -> Row:
-        pixels, mask = self._shown(row.is_class, row.picture, row.view)
-        return replace(row, pixels=pixels, mask=mask)
+        shown = row.is_class, row.picture, row.view
+        return replace(row, pixels=self.pixels(*shown), mask=self.mask(*shown))
 
-    def _shown(self, is_class: bool, index: int, view: View) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The pixels and the mask."""
-        resized, mask = self._resized(is_class, index)
-        pixels = render(resized, view, self.resolution)
-        return pixels, None if mask is None else render_mask(mask, view, self.resolution)
-
-    def _resized(self, is_class: bool, index: int) -> tuple[Image.Image, Image.Image | None]:
+    def _kept_as(self, key: tuple[bool, int, str], make: Callable[[Picture], Image.Image]) -> Image.Image:
         # A photo takes 0.1 s and more to decode and resize, and a few photos are shown again and again.
-        if (is_class, index) in self._kept:
-            return self._kept[is_class, index]
-        picture = (self.class_pictures if is_class else self.instances)[index]
+        if key in self._kept:
+            return self._kept[key]
+        image = make(self.picture(*key[:2]))
+        size_bytes = len(image.getbands()) * image.width * image.height
+        if self._kept_bytes + size_bytes <= _KEPT_BYTES:
+            self._kept[key] = image
+            self._kept_bytes += size_bytes
+        return image
+
+    def _resized(self, picture: Picture) -> Image.Image:
         image = picture.load()
         if (image.height, image.width) != picture.size:
             raise UserError(f"{picture.name} changed while the run was using it: start the run again")
-        resized = resize(image, self.resolution, self.interpolation)
-        mask = picture.load_mask()
-        if mask is not None:
-            mask = mask.resize(resized.size, Image.Resampling.BOX)
-        size_bytes = (3 if mask is None else 4) * resized.width * resized.height
-        if self._kept_bytes + size_bytes <= _KEPT_BYTES:
-            self._kept[is_class, index] = resized, mask
-            self._kept_bytes += size_bytes
-        return resized, mask
+        return resize(image, self.resolution, self.interpolation)
+
+    def _resized_mask(self, picture: Picture) -> Image.Image:
+        height, width = resized_size(picture.size, self.resolution)
+        return picture.load_mask().resize((width, height), Image.Resampling.BOX)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}  # workers decode for themselves

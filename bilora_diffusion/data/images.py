@@ -78,16 +78,12 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Pixels (3, R, R), float32 in [-1, 1], and the `View` they show, field by field.
-
-    `mask` has the weight of each pixel in the loss, (R, R); None where all weigh the same.
-    """
+    """Pixels (3, R, R), float32 in [-1, 1], and the `View` they show, field by field."""
 
     pixels: torch.Tensor
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
     flipped: bool
-    mask: torch.Tensor | None = None
 
 
 def load_image(source: Source, name: str | None = None) -> Image.Image:

@@ -4,12 +4,15 @@ What is kept is the VAE's posterior, not a sample of it: each epoch samples anew
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bilora_diffusion.data.dreambooth import DreamBoothDataset, Row, VariantKey
+from bilora_diffusion.data.images import View
+from bilora_diffusion.data.latent_files import LatentFiles
 from bilora_diffusion.data.masks import latent_weights
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.sdxl import Moments, encode_images
@@ -51,25 +54,43 @@ class CachedLatents:
     """The posteriors of all pictures, flipped and not, in the computer's memory (0.5 MB each at 1024 px).
 
     The VAE is not held: once this exists it can be freed.
+
+    Arguments:
+        files: where posteriors are kept from run to run; None: nowhere.
+        rank, processes: each process begins with a share of its own, so that `files` spare it the others'.
     """
 
-    def __init__(self, dataset: DreamBoothDataset, vae: nn.Module) -> None:
+    def __init__(
+        self,
+        dataset: DreamBoothDataset,
+        vae: nn.Module,
+        files: LatentFiles | None = None,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.vae_config = vae.config
         self.cache: dict[VariantKey, Moments] = {}
         self.weights: dict[VariantKey, Tensor | None] = {}
-        for key, prepared in dataset.variants():
-            both = encode_images(vae, prepared.pixels[None])
-            moment = Moments(both.mean[0], both.std[0])
-            _check_finite(moment, dataset, key)
-            self.cache[key] = moment
-            self.weights[key] = _weights(prepared.mask, vae.config)
-            _check_some_weight(self.weights[key], dataset, key)
+        variants = list(dataset.variants())
+        for place in range(processes):
+            for key, view in variants[(rank + place) % processes :: processes]:
+                encode = partial(_encode, dataset, vae, key, view)
+                self.cache[key] = encode() if files is None else files.get(dataset.picture(*key[:2]), view, encode)
+                self.weights[key] = _weights(dataset.mask(*key[:2], view), vae.config)
+                _check_some_weight(self.weights[key], dataset, key)
 
     def moments(self, rows: Sequence[Row]) -> list[Moments]:
         return [self.cache[row.key] for row in rows]
 
     def loss_weights(self, rows: Sequence[Row]) -> list[Tensor | None]:
         return [self.weights[row.key] for row in rows]
+
+
+def _encode(dataset: DreamBoothDataset, vae: nn.Module, key: VariantKey, view: View) -> Moments:
+    both = encode_images(vae, dataset.pixels(*key[:2], view)[None])
+    moments = Moments(both.mean[0], both.std[0])
+    _check_finite(moments, dataset, key)
+    return moments
 
 
 def _weights(mask: Tensor | None, vae_config: Any) -> Tensor | None:
@@ -98,5 +119,4 @@ def _check_finite(moment: Moments, dataset: DreamBoothDataset, key: VariantKey) 
 
 
 def _name(dataset: DreamBoothDataset, key: VariantKey) -> str:
-    is_class, index, _ = key
-    return (dataset.class_pictures if is_class else dataset.instances)[index].name
+    return dataset.picture(*key[:2]).name

@@ -1,8 +1,8 @@
 """Masked loss: what share each part of a picture has in its loss.
 
 A mask is white where the picture is to be learnt, black where it is not, grey for something between; it has the
-picture's size and follows its resizing, mirroring and crop. On the latents' grid each cell weighs as much as the mask is
-bright in it on average, divided by the mask's mean over the whole picture:
+picture's size and follows its resizing, mirroring and crop. On the latents' grid each cell weighs what the mask is in
+it on average, divided by the mask's mean over the whole picture:
 
     loss of a row = mean over cells of  weight_cell * squared error,    weight = mask / mean(mask)
 

@@ -1,5 +1,6 @@
 """1-> The pictures of a folder or a data set, each decoded once and found usable, with its caption."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -88,6 +89,22 @@ class Picture:
     def load(self) -> Image.Image:
         """The pixels, upright, RGB. Raises UserError as `load_image` does."""
         return load_image(self._content(), self.name)
+
+    def digest(self) -> str:
+        """Of the bytes of its file, which are not decoded: 32 hexadecimal digits.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        content = self._content()
+        try:
+            if isinstance(content, Image.Image):
+                content = repr((content.mode, content.size)).encode() + content.tobytes()
+            elif isinstance(content, Path):
+                content = content.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.name} cannot be read: {error.strerror}") from error
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def load_mask(self) -> Image.Image | None:
         """The mask, 8-bit grey, upright, of the picture's size; None without one.
