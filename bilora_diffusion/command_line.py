@@ -198,7 +198,7 @@ def _entries(path: str) -> Iterator[tuple[int, str, Any]]:
 
 # --- docs/flags.md ---
 
-ORIGINS = {"stock": "stock", "diffusers": "newer diffusers", "bilora": "ours"}
+ORIGINS = {"stock": "stock", "diffusers": "newer diffusers", "kohya": "sd-scripts", "bilora": "ours"}
 INTRODUCTION = f"""\
 # Flags of {PROGRAM}
 
@@ -211,7 +211,7 @@ Written by `python -m bilora_diffusion.command_line > docs/flags.md`; a test kee
 - `none` on the command line unsets a number or switch that may be unset: `--max_train_steps none`.
 - Flags are written out in full; a wrong name is answered with the nearest right one.
 - "From": stock is diffusers' `train_dreambooth_lora_sdxl.py`; newer diffusers: a name its newer scripts use;
-  `*`: departs from the stock script as listed below.
+  sd-scripts: one of kohya-ss/sd-scripts; `*`: departs from the stock script as listed below.
 
 ## Departures from the stock script
 

@@ -324,6 +324,15 @@ class TrainingConfig:
     image_interpolation_mode: Literal[
         "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
     ] = flag("lanczos", "filter that resizes the pictures", group=DATA)
+    mask_dir: str | None = flag(
+        None,
+        "folder of masks named as their pictures: white is learnt, black is not, grey in between",
+        group=DATA,
+        origin="bilora",
+    )
+    alpha_mask: bool = flag(
+        False, "each picture's transparency is its mask: what is opaque is learnt", group=DATA, origin="kohya"
+    )
     caption_dropout: float = flag(
         0.0,
         "probability that a caption is replaced by the empty one",
@@ -331,28 +340,52 @@ class TrainingConfig:
         within=FRACTION,
         origin="diffusers",
     )
+    shuffle_caption: bool = flag(
+        False,
+        "put a caption's comma-separated tags into a random order, drawn anew each time",
+        group=DATA,
+        origin="kohya",
+    )
+    keep_tokens: int = flag(
+        0,
+        "tags at a caption's head that --shuffle_caption leaves in place",
+        group=DATA,
+        within=NOT_NEGATIVE,
+        origin="kohya",
+    )
     cache_latents: bool | None = flag(
         None,
         "encode each picture once and free the VAE; unset: on where the augmentation allows it",
         group=DATA,
         origin="diffusers",
     )
+    cache_dir_latents: str | None = flag(
+        None,
+        "folder that keeps the encoded pictures for the next run; any number of runs may share it; unset: none",
+        group=DATA,
+        origin="bilora",
+    )
     dataloader_num_workers: int = flag(
         0, "processes that read pictures; 0 = the main process", group=DATA, within=NOT_NEGATIVE
     )
 
     # --- Prior preservation ---
-    with_prior_preservation: bool = flag(
-        False, "train on pictures of the class too, so that it is not forgotten", group=PRIOR
+    with_prior_preservation: bool = flag(False, "train on the class too, so that it is not forgotten", group=PRIOR)
+    prior_source: Literal["class_images", "base_prediction"] = flag(
+        "class_images",
+        "what the class is held to: pictures that the base draws, or (needing no pictures) what the base predicts "
+        "for the instance's own latents under the class prompt",
+        group=PRIOR,
+        origin="bilora",
     )
     class_data_dir: str | None = flag(
         None, "folder with the class pictures; missing ones are generated into it", group=PRIOR
     )
     class_prompt: str | None = flag(
-        None, "prompt of the class pictures, such as 'a photo of a dog'", group=PRIOR, may_be_empty=True
+        None, "prompt of the class, such as 'a photo of a dog'", group=PRIOR, may_be_empty=True
     )
     prior_loss_weight: float = flag(
-        1.0, "weight of the class pictures' loss beside the instance's 1", group=PRIOR, within=NOT_NEGATIVE
+        1.0, "weight of the class's loss beside the instance's 1", group=PRIOR, within=NOT_NEGATIVE
     )
     num_class_images: int = flag(
         100, "how many class pictures there must be; the rest is generated", group=PRIOR, within=AT_LEAST_ONE
@@ -624,16 +657,37 @@ class TrainingConfig:
             raise UserError("no pictures to learn: give --instance_data_dir FOLDER or --dataset_name NAME")
         if self.dataset_name is not None and self.instance_data_dir is not None:
             raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
+        self._validate_masks()
+        if self.cache_dir_latents is not None and self.cache_latents is False:
+            raise UserError("--cache_dir_latents keeps latents and --cache_latents is off: leave one of them out")
         if self.with_prior_preservation:
-            for name in ("class_data_dir", "class_prompt"):
+            for name in ("class_prompt",) if self.prior_from_base else ("class_data_dir", "class_prompt"):
                 if getattr(self, name) is None:
                     raise UserError(f"--with_prior_preservation needs --{name}: set it, or leave both out")
+        if self.prior_from_base and self.class_prompt == "" and self.caption_dropout:
+            raise UserError(
+                "--prior_source base_prediction with an empty --class_prompt holds the empty prompt to the base, and "
+                "--caption_dropout teaches it the pictures: leave one of them out"
+            )
         # What is written into the folder of pictures would be learnt as the subject next time.
         for name in ("class_data_dir", "output_dir"):
             if self.instance_data_dir is not None and _same_folder(getattr(self, name), self.instance_data_dir):
                 raise UserError(
                     f"--{name} is the folder of --instance_data_dir, {show(self.instance_data_dir)}: give it its own"
                 )
+
+    def _validate_masks(self) -> None:
+        if self.mask_dir is None:
+            return
+        if self.alpha_mask:
+            raise UserError("--mask_dir and --alpha_mask are both set: a picture has one mask, give only one of them")
+        if self.dataset_name is not None:
+            raise UserError("--mask_dir goes by the names of files: with --dataset_name use --alpha_mask")
+        if _same_folder(self.mask_dir, self.instance_data_dir):
+            raise UserError(
+                "--mask_dir is the folder of --instance_data_dir, where masks would be learnt as pictures: give it "
+                "its own"
+            )
 
     def _validate_method(self) -> None:
         if self.rho is not None and self.rho_relative is not None:
@@ -708,6 +762,11 @@ class TrainingConfig:
         """--lora_layers as a list; None for the attention projections."""
         return None if self.lora_layers is None else [name.strip() for name in self.lora_layers.split(",")]
 
+    @property
+    def prior_from_base(self) -> bool:
+        """Whether class rows are held to the frozen base's prediction, not to class pictures."""
+        return self.with_prior_preservation and self.prior_source == "base_prediction"
+
     def warnings(self) -> list[str]:
         """What is allowed but hardly meant, one line each, to be shown once by the main process."""
         # Not of lora: it is what every other configuration is compared with, by this one flag.
@@ -737,6 +796,18 @@ class TrainingConfig:
             (
                 self.class_prompt is not None and not self.with_prior_preservation,
                 "--class_prompt has no effect without --with_prior_preservation",
+            ),
+            (
+                self.prior_source != "class_images" and not self.with_prior_preservation,
+                f"--prior_source {self.prior_source} has no effect without --with_prior_preservation",
+            ),
+            (
+                self.prior_from_base and self.class_data_dir is not None,
+                "--class_data_dir has no effect with --prior_source base_prediction, which uses no class pictures",
+            ),
+            (
+                self.keep_tokens > 0 and not self.shuffle_caption,
+                f"--keep_tokens {self.keep_tokens} has no effect without --shuffle_caption",
             ),
             (
                 prodigy and self.learning_rate <= 0.1,

@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.base_prediction import hold_to_base
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.diffusion import Objective
 from bilora_diffusion.methods import Method
@@ -47,6 +48,7 @@ class Trainer:
         compute_dtype: of the forward pass.
         max_grad_norm: bound on the global norm of the primary's gradient; 0 = none. The auxiliary's gradient has no
             part in it.
+        base_prior: hold the class rows to the frozen base's prediction; see `base_prediction`.
         ema_decay: of the moving average of the primary that `as_exported` shows, None = the primary itself.
     """
 
@@ -62,6 +64,7 @@ class Trainer:
         compute_dtype: torch.dtype,
         max_grad_norm: float,
         seed: int,
+        base_prior: bool = False,
         ema_decay: float | None = None,
     ) -> None:
         self.models = models
@@ -73,6 +76,7 @@ class Trainer:
         self.compute_dtype = compute_dtype
         self.max_grad_norm = max_grad_norm
         self.seed = seed
+        self.base_prior = base_prior
         self.trained = [*self.primary, *method.parameters]
         self.average = None if ema_decay is None else EMAModel(self.primary, decay=ema_decay)
         device = self.primary[0].device.type
@@ -82,12 +86,13 @@ class Trainer:
         self._all_gradients = torch.optim.SGD(self.trained, lr=0.0) if self.scaler.is_enabled() else None
 
     def micro_batches(self, batches: Sequence[Batch]) -> list[TrainingMicroBatch]:
-        """Binds the drawn rows of one optimiser step to the models."""
+        """Binds the drawn rows of one optimiser step to the models, outside any perturbation."""
         share = 1 / len(batches)
-        return [
+        bound = [
             TrainingMicroBatch(batch, self.models, self.objective, self.compute_dtype, share, self.scaler)
             for batch in batches
         ]
+        return [hold_to_base(micro_batch) for micro_batch in bound] if self.base_prior else bound
 
     def training_step(self, micro_batches: Sequence[TrainingMicroBatch], number: int, stop: bool = False) -> Step:
         """One optimiser step.

@@ -93,6 +93,7 @@ OTHER_DEFAULTS = {"output_kohya_format": True, "resolution": None, "instance_pro
 BASE = {"pretrained_model_name_or_path": "tiny-random", "instance_data_dir": "photos"}
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "auxiliary_learning_rate": 1e-3}
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "dogs", "class_prompt": "a dog"}
+FROM_BASE = {"with_prior_preservation": True, "prior_source": "base_prediction", "class_prompt": "a dog"}
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -112,6 +113,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dataset_name": "owner/dogs"}, "--dataset_name and --instance_data_dir are both set"),
     ({"with_prior_preservation": True, "class_prompt": "a dog"}, "needs --class_data_dir"),
     ({"with_prior_preservation": True, "class_data_dir": "dogs"}, "needs --class_prompt"),
+    ({"with_prior_preservation": True, "prior_source": "base_prediction"}, "needs --class_prompt"),
+    (FROM_BASE | {"class_prompt": "", "caption_dropout": 0.1}, "--caption_dropout teaches it"),
+    ({"prior_source": "base"}, "--prior_source is 'base': it must be one of class_images, base_prediction"),
+    ({"mask_dir": "masks", "alpha_mask": True}, "--mask_dir and --alpha_mask are both set"),
+    ({"mask_dir": "./photos"}, "--mask_dir is the folder of --instance_data_dir"),
+    (
+        {"mask_dir": "m", "dataset_name": "owner/dogs", "instance_data_dir": None},
+        "with --dataset_name use --alpha_mask",
+    ),
+    ({"cache_dir_latents": "kept", "cache_latents": False}, "--cache_dir_latents keeps latents and --cache_latents is"),
     (PRIOR | {"class_data_dir": "./photos/"}, "--class_data_dir is the folder of --instance_data_dir"),
     ({"output_dir": "photos"}, "--output_dir is the folder of --instance_data_dir"),
     ({"rho": 0.1, "rho_relative": 0.1}, "--rho and --rho_relative"),
@@ -189,11 +200,14 @@ NOT_NEGATIVE = [
     "adam_weight_decay",
     "adam_weight_decay_text_encoder",
     "dataloader_num_workers",
+    "keep_tokens",
 ]
 
 WARNED: list[tuple[dict[str, Any], str]] = [
     ({"class_data_dir": "dogs"}, "--class_data_dir has no effect"),
     ({"class_prompt": "a dog"}, "--class_prompt has no effect"),
+    ({"prior_source": "base_prediction"}, "--prior_source base_prediction has no effect without"),
+    (FROM_BASE | {"class_data_dir": "dogs"}, "--class_data_dir has no effect with --prior_source"),
     (PRODIGY | {"learning_rate": 1e-4}, "--learning_rate 0.0001 is low for Prodigy"),
     (PRODIGY | {"train_text_encoder": True}, "--text_encoder_lr 5e-06 has no effect with Prodigy"),
     ({"rho": 0}, "plain LoRA"),

@@ -69,6 +69,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "loss_gap_steps": 2,
         **SMALL,
     },
+    "base prediction": {"with_prior_preservation": True, "prior_source": "base_prediction", **SMALL},
 }
 
 

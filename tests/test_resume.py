@@ -65,6 +65,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "flat-lora": {"method": "flat-lora", "sigma": 0.3, "ema_decay": 0.9, "loraplus_lr_ratio": 4.0, **SMALL},
     "looksam": {"method": "looksam", "rho": 0.5, "looksam_every": 3, **SMALL},
     "bilora-fresh": {"method": "bilora-fresh", "rho": 0.5, "ascent_every": 2, "sigma": 0.2, **SMALL},
+    "base prediction": {
+        "with_prior_preservation": True,
+        "prior_source": "base_prediction",
+        "class_prompt": "a picture",
+        "lora_dropout": 0.2,
+        **SMALL,
+    },
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "ascent": "normalized", **SMALL},
     "dora": {"method": "lora", "use_dora": True, "lora_layers": "to_q,ff.net.0.proj"},
     "pissa": {"method": "bilora", "init_lora_weights": "pissa_niter_2", "ema_decay": 0.9, **SMALL},

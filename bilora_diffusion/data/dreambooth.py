@@ -1,13 +1,13 @@
 """2-> Instance and class (prior) pictures with their captions, and which of them each draw of the run shows.
 
 A draw is the number of an instance row since the run began, over all processes and micro-batches. Everything
-about a row (picture, crop, flip, caption dropout) follows from the seed and its draw. So a crop is new each
+about a row (picture, crop, flip, what is done to its caption) follows from the seed and its draw. So a crop is new each
 time a picture is seen, a resumed run starts at its next draw without saved state, and two processes with
 batch b read the rows of one with batch 2b.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from bilora_diffusion.data.images import Prepared, View, draw_view, render, resize, resized_size
+from bilora_diffusion.data.captions import CaptionRule
+from bilora_diffusion.data.images import View, draw_view, render, resize, resized_size
+from bilora_diffusion.data.masks import render_mask
 from bilora_diffusion.data.pictures import Picture
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.randomness import generator
@@ -55,9 +57,10 @@ class Row:
 
     Attributes:
         pixels: (3, R, R), float32 in [-1, 1]; None when the data set does not decode.
+        mask: (R, R), float32, the weight of each pixel in the loss; None where all weigh the same, or as `pixels`.
         original_size: (height, width) in px of this very picture, upright, before resizing.
         crop_top_left: (y, x) in px, in the resized and, if `flipped`, mirrored picture.
-        prompt: its caption, or "" where caption dropout struck.
+        prompt: its caption, as the `CaptionRule` makes it for this draw.
         is_class: a class (prior) picture.
         picture: its number among the instance or the class pictures.
         flipped: mirrored left to right.
@@ -72,6 +75,7 @@ class Row:
     picture: int
     flipped: bool
     draw: int
+    mask: torch.Tensor | None = None
 
     @property
     def key(self) -> VariantKey:
@@ -98,7 +102,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         center_crop, random_flip, interpolation: see `images.prepare`.
         seed: the run's seed.
         repeats: how often an epoch shows each instance picture.
-        caption_dropout: share of instance rows, in [0, 1], whose prompt is "".
+        captions: what is done to the captions of instance rows; unset: nothing.
         decode: False leaves `Row.pixels` None and opens no file (latents are cached). May be set later,
             before a DataLoader starts its workers.
     """
@@ -114,7 +118,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         interpolation: str = "lanczos",
         seed: int,
         repeats: int = 1,
-        caption_dropout: float = 0.0,
+        captions: CaptionRule | None = None,
         decode: bool = True,
     ) -> None:
         if not instances:
@@ -128,12 +132,12 @@ class DreamBoothDataset(Dataset[list[Row]]):
         self.random_flip = random_flip
         self.interpolation = interpolation
         self.seed = seed
-        self.caption_dropout = caption_dropout
+        self.captions = captions or CaptionRule()
         self.decode = decode
         self._length = max(len(self.instances) * repeats, len(self.class_pictures))
         self._order = Shuffled(len(self), seed, "order")
         self._class_order = Shuffled(len(self.class_pictures), seed, "class order")
-        self._kept: dict[tuple[bool, int], Image.Image] = {}
+        self._kept: dict[tuple[bool, int, str], Image.Image] = {}
         self._kept_bytes = 0
 
     def __len__(self) -> int:
@@ -144,7 +148,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         rows = self.describe(draw)
         if not self.decode:
             return rows
-        return [replace(row, pixels=self._pixels(row.is_class, row.picture, row.view)) for row in rows]
+        return [self._decoded(row) for row in rows]
 
     def stop_decoding(self) -> None:
         """From now on rows come without pixels; pictures kept in memory are let go."""
@@ -173,7 +177,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         sizes = (resized_size(picture.size, self.resolution) for _, _, picture in self._all_pictures())
         return self.center_crop or all(height == width for height, width in sizes)
 
-    def variants(self) -> Iterator[tuple[VariantKey, Prepared]]:
+    def variants(self) -> Iterator[tuple[VariantKey, View]]:
         """What the rows of a `cacheable` data set can show, each once, under the `Row.key` of those rows.
 
         Raises:
@@ -184,16 +188,16 @@ class DreamBoothDataset(Dataset[list[Row]]):
         for is_class, index, picture in self._all_pictures():
             view = self._view(picture, generator(0))  # of one crop only, so the numbers drawn do not matter
             for flipped in (False, True) if self.random_flip else (False,):
-                pixels = self._pixels(is_class, index, replace(view, flipped=flipped))
-                yield (
-                    (is_class, index, flipped),
-                    Prepared(pixels, view.original_size, view.crop_top_left, flipped),
-                )
+                yield (is_class, index, flipped), replace(view, flipped=flipped)
 
     def prompts(self) -> list[str]:
-        """Every prompt a row can have, each once; with caption dropout "" is one."""
-        captions = [picture.caption for _, _, picture in self._all_pictures()]
-        return list(dict.fromkeys(captions + [""] * (self.caption_dropout > 0)))
+        """Every prompt a row can have but those with shuffled tags, each once; with caption dropout "" is one."""
+        captions = [
+            picture.caption
+            for is_class, _, picture in self._all_pictures()
+            if is_class or not self.captions.changes_order_of(picture.caption)
+        ]
+        return list(dict.fromkeys(captions + [""] * (self.captions.dropout > 0)))
 
     def _all_pictures(self) -> Iterator[tuple[bool, int, Picture]]:
         for is_class, pictures in ((False, self.instances), (True, self.class_pictures)):
@@ -203,33 +207,53 @@ class DreamBoothDataset(Dataset[list[Row]]):
     def _row(self, picture: Picture, is_class: bool, index: int, draw: int) -> Row:
         purpose = "class augmentation" if is_class else "augmentation"
         view = self._view(picture, generator(self.seed, purpose, draw))
-        prompt = "" if not is_class and self._drops_caption(draw) else picture.caption
+        prompt = picture.caption if is_class else self.captions(picture.caption, self.seed, draw)
         return Row(None, view.original_size, view.crop_top_left, prompt, is_class, index, view.flipped, draw)
 
     def _view(self, picture: Picture, random: torch.Generator) -> View:
         return draw_view(picture.size, self.resolution, self.center_crop, self.random_flip, random)
 
-    def _drops_caption(self, draw: int) -> bool:
-        random = generator(self.seed, "caption dropout", draw)
-        return torch.rand((), generator=random).item() < self.caption_dropout
+    def picture(self, is_class: bool, index: int) -> Picture:
+        return (self.class_pictures if is_class else self.instances)[index]
 
-    def _pixels(self, is_class: bool, index: int, view: View) -> torch.Tensor:
-        return render(self._resized(is_class, index), view, self.resolution)
+    def pixels(self, is_class: bool, index: int, view: View) -> torch.Tensor:
+        """(3, R, R), float32 in [-1, 1]: what a view shows of a picture.
 
-    def _resized(self, is_class: bool, index: int) -> Image.Image:
+        Raises:
+            UserError: the picture cannot be read, or is another than it was.
+        """
+        return render(self._kept_as((is_class, index, "pixels"), self._resized), view, self.resolution)
+
+    def mask(self, is_class: bool, index: int, view: View) -> torch.Tensor | None:
+        """(R, R), float32: the weights of those pixels in the loss; None where all weigh the same. Errors as above."""
+        if self.picture(is_class, index).mask is None:
+            return None
+        return render_mask(self._kept_as((is_class, index, "mask"), self._resized_mask), view, self.resolution)
+
+    def _decoded(self, row: Row) -> Row:
+        shown = row.is_class, row.picture, row.view
+        return replace(row, pixels=self.pixels(*shown), mask=self.mask(*shown))
+
+    def _kept_as(self, key: tuple[bool, int, str], make: Callable[[Picture], Image.Image]) -> Image.Image:
         # A photo takes 0.1 s and more to decode and resize, and a few photos are shown again and again.
-        if (is_class, index) in self._kept:
-            return self._kept[is_class, index]
-        picture = (self.class_pictures if is_class else self.instances)[index]
+        if key in self._kept:
+            return self._kept[key]
+        image = make(self.picture(*key[:2]))
+        size_bytes = len(image.getbands()) * image.width * image.height
+        if self._kept_bytes + size_bytes <= _KEPT_BYTES:
+            self._kept[key] = image
+            self._kept_bytes += size_bytes
+        return image
+
+    def _resized(self, picture: Picture) -> Image.Image:
         image = picture.load()
         if (image.height, image.width) != picture.size:
             raise UserError(f"{picture.name} changed while the run was using it: start the run again")
-        resized = resize(image, self.resolution, self.interpolation)
-        size_bytes = 3 * resized.width * resized.height
-        if self._kept_bytes + size_bytes <= _KEPT_BYTES:
-            self._kept[is_class, index] = resized
-            self._kept_bytes += size_bytes
-        return resized
+        return resize(image, self.resolution, self.interpolation)
+
+    def _resized_mask(self, picture: Picture) -> Image.Image:
+        height, width = resized_size(picture.size, self.resolution)
+        return picture.load_mask().resize((width, height), Image.Resampling.BOX)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}  # workers decode for themselves

@@ -44,11 +44,14 @@ class LoraFacts:
         seed: of the run.
         num_images: training pictures, repeats not counted.
         num_class_images: class pictures of prior preservation.
+        prior_prompt: the prompt that was held to the base's own prediction, None if none was.
         batch_size: pictures a process and micro-batch.
         accumulation: micro-batches an optimiser step.
         num_processes: processes that shared a step.
         mixed_precision: `no`, `fp16` or `bf16`.
         min_snr_gamma, noise_offset, caption_dropout: of the loss and the captions, None or 0 = off.
+        shuffle_caption, keep_tokens: whether the captions' tags were shuffled, and how many of them stayed in front.
+        masked_loss: whether pictures had masks.
         lora_layers: names of the adapted modules of the UNet, if not the attention projections.
         trained_parts: `unet`, `text_encoder`, `text_encoder_2`, as far as they have adapters.
         use_dora: whether the primary is a weight-decomposed adapter.
@@ -78,6 +81,7 @@ class LoraFacts:
     seed: int | None = None
     num_images: int | None = None
     num_class_images: int | None = None
+    prior_prompt: str | None = None
     batch_size: int | None = None
     accumulation: int = 1
     num_processes: int = 1
@@ -85,6 +89,9 @@ class LoraFacts:
     min_snr_gamma: float | None = None
     noise_offset: float | None = None
     caption_dropout: float | None = None
+    shuffle_caption: bool | None = None
+    keep_tokens: int | None = None
+    masked_loss: bool = False
     lora_layers: Sequence[str] | None = None
     trained_parts: Sequence[str] = ("unet",)
     use_dora: bool = False
