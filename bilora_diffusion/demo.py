@@ -37,9 +37,7 @@ SHARED = ("pretrained_model_name_or_path", "revision", "variant", "pretrained_va
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the paths of the LoRA files and of the grid."""
-    parser = argparse.ArgumentParser(
-        description="Draws base | LoRA for finished runs; a row has the same noise in all columns."
-    )
+    parser = argparse.ArgumentParser(description="Draws base | LoRA for finished runs; a row has the same noise in all columns.")
     parser.add_argument("folders", type=Path, nargs="+", help="the runs' --output_dir; the last is given the grid")
     parser.add_argument(
         "--prompt",

@@ -1,4 +1,4 @@
-"""The fused linear layer: peft's own outputs and gradients, and peft's own forward wherever it is not the same thing."""
+"""The fused linear layer: peft's own outputs and gradients, and peft's forward where that is another thing."""
 
 import copy
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def both(adapters: dict[str, int], dtype: torch.dtype = torch.float64, **options
 
 
 def results(made: nn.Module, x: Tensor, context: AbstractContextManager | None = None) -> dict[str, Tensor]:
-    """The output and the gradients by name, the input's among them; what has no gradient, or one of zero, is left out."""
+    """The output and the gradients by name, the input's among them; a gradient of zero counts as none."""
     x = x.clone().requires_grad_()
     with context or nullcontext():
         y = made(x)
