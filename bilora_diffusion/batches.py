@@ -81,13 +81,11 @@ class BatchMaker:
         instances = torch.tensor([float(not row.is_class) for row in rows])
         weights = torch.where(instances > 0, 1.0, self.prior_loss_weight)
         conditioning = self.prompts.conditioning([row.prompt for row in rows], sizes)
-        tensors = (torch.stack(latents), torch.stack(noises), torch.stack(timesteps))
-        return Batch(
-            *(tensor.to(self.device, non_blocking=True) for tensor in tensors),
-            conditioning.to(self.device),
-            weights.to(self.device),
-            instances.to(self.device),
+        latents, noises, timesteps, weights, instances = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (torch.stack(latents), torch.stack(noises), torch.stack(timesteps), weights, instances)
         )
+        return Batch(latents, noises, timesteps, conditioning.to(self.device), weights, instances)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ Ratio = tuple[float, float, float]
 
 
 def clock(content: Mapping[str, Any]) -> int:
-    """Which time is compared: on a GPU the clock's, on a CPU the process's, which others on the machine disturb less."""
+    """Which time is compared: on a GPU the clock's, on a CPU the process's, which others here disturb less."""
     return SECONDS if content["configuration"]["device"] == "cuda" else CPU_SECONDS
 
 
