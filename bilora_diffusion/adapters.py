@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor, nn
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.fused import fuse
 from bilora_diffusion.randomness import generator
 
 __all__ = [
@@ -122,6 +123,7 @@ def add_adapter(
         # A second adapter is intended; peft's warning would start every run with an alarm.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         model.add_adapter(config, adapter_name=adapter)
+    fuse(model)
     draw = generator(seed, "adapter", part, adapter)
     for _, layer in adapted_layers(model):
         if adapter in layer.lora_A:

@@ -92,20 +92,28 @@ class BatchMaker:
         sizes = [time_ids(row.original_size, row.crop_top_left, self.target) for row in rows]
         prompts = [row.prompt for row in rows]
         instances = [float(not row.is_class) for row in rows]
-        weights = self.latents.loss_weights(rows)
+        places = self.latents.loss_weights(rows)
         if self.prior_prompt is not None:
             latents, noises, timesteps, sizes = map(_doubled, (latents, noises, timesteps, sizes))
-            weights = [weight for own in weights for weight in (own, None)]
+            places = [place for own in places for place in (own, None)]
             prompts = [prompt for own in prompts for prompt in (own, self.prior_prompt)]
             instances = [1.0, 0.0] * len(rows)
         is_instance = torch.tensor(instances)
-        tensors = (torch.stack(latents), torch.stack(noises), torch.stack(timesteps))
+        weights = torch.where(is_instance > 0, 1.0, self.prior_loss_weight)
+        conditioning = self.prompts.conditioning(prompts, torch.stack(sizes))
+        place_weights = self._place_weights(places, latents)
+        latents, noises, timesteps, weights, is_instance = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (torch.stack(latents), torch.stack(noises), torch.stack(timesteps), weights, is_instance)
+        )
         return Batch(
-            *(tensor.to(self.device, non_blocking=True) for tensor in tensors),
-            self.prompts.conditioning(prompts, torch.stack(sizes)).to(self.device),
-            torch.where(is_instance > 0, 1.0, self.prior_loss_weight).to(self.device),
-            is_instance.to(self.device),
-            place_weights=self._place_weights(weights, latents),
+            latents,
+            noises,
+            timesteps,
+            conditioning.to(self.device),
+            weights,
+            is_instance,
+            place_weights=place_weights,
         )
 
     def _place_weights(self, weights: Sequence[Tensor | None], latents: Sequence[Tensor]) -> Tensor | None:

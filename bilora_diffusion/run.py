@@ -35,7 +35,7 @@ from bilora_diffusion.finishing import finish, save_loras, upload
 from bilora_diffusion.interruption import Interruption, ignore_interrupts
 from bilora_diffusion.loss_gap import LossGap, measure_loss_gap
 from bilora_diffusion.previews import Previews
-from bilora_diffusion.processes import average
+from bilora_diffusion.processes import average, on_host
 from bilora_diffusion.progress import Progress
 from bilora_diffusion.run_folder import TRACKED_AS, RunFolder
 from bilora_diffusion.tracking import check_trackers, start_trackers
@@ -193,7 +193,7 @@ class Run:
                 measured = time.perf_counter() - measuring
                 rate = trainer.schedulers[0].get_last_lr()[0]
                 step = trainer.training_step(micro_batches, progress.step, interruption.requested)
-                measures = {name: float(value) for name, value in self.parts.method.measures().items()}
+                measures = on_host(self.parts.method.measures())
                 seconds = time.perf_counter() - began - measured
                 progress.add_step(step, measures, rows_a_step, seconds)
                 self._log(bar, rate)

@@ -103,13 +103,15 @@ class Trainer:
         """
         torch.manual_seed(stream_seed(self.seed, "dropout", number, self.rank))
         loss = self.method.accumulate(micro_batches)  # at W0 + s1 B1 A1 + s2 B2 A2
-        wishes = torch.tensor(float(stop), device=loss.device)
+        wishes = torch.full_like(loss, float(stop))  # filled on the device: copying a number there would wait for it
         loss, wishes = average_gradients(self.trained, loss, wishes)
-        told = torch.stack([loss, self._unscaled_norm(), wishes])
-        loss, norm, wishes = told.tolist()  # all that the host wants to know of the device, at once
+        norm, norm_of_primary = self._unscaled_norms()
+        # All that the host wants to know of the device, at once: the only time in a step that it waits.
+        loss, norm, wishes = torch.stack([loss, norm, wishes]).tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            self._clip_primary()
+            if self.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.primary, self.max_grad_norm, norm_of_primary)
             self.method.before_step()
             self.optimizer.step()  # descent on (A1, B1)
             self.method.after_step()  # Bi-LoRA: ascent on (A2, B2), then the global clip
@@ -142,15 +144,18 @@ class Trainer:
         """Of this process: dropout differs between processes as it does between rows."""
         return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
-    def _unscaled_norm(self) -> Tensor:
-        """Takes fp16's loss scale off all gradients; their global norm tells whether one of them is not finite."""
+    def _unscaled_norms(self) -> tuple[Tensor, Tensor]:
+        """Takes fp16's loss scale off all gradients.
+
+        Returns:
+            (the global norm of all of them, which tells whether one is not finite, that of the primary's alone).
+        """
         if self._all_gradients is not None:
             self.scaler.unscale_(self._all_gradients)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-
-    def _clip_primary(self) -> None:
-        if self.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.primary, self.max_grad_norm)
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        of_primary = sum(parameter.grad is not None for parameter in self.primary)  # they come first
+        return torch.linalg.vector_norm(norms), torch.linalg.vector_norm(norms[:of_primary])
 
     def state_dict(self) -> dict[str, Any]:
         """All but the adapters' weights. Random numbers need no state: see `randomness`."""

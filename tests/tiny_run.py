@@ -125,13 +125,20 @@ class Builder:
         self.folders = {"instance_data_dir": str(pictures), "class_data_dir": str(class_pictures)}
         self.tiny = build_tiny_random()
 
-    def __call__(self, method: str = "bilora", precision: str = "no", seed: int = 0, **flags: Any) -> TinyRun:
+    def __call__(
+        self,
+        method: str = "bilora",
+        precision: str = "no",
+        seed: int = 0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        **flags: Any,
+    ) -> TinyRun:
         changes = {**DEFAULTS, **flags, "method": method, "mixed_precision": precision}
         if changes.get("with_prior_preservation"):
             changes = {"class_prompt": "a picture", "num_class_images": 3, **changes}
             changes["class_data_dir"] = self.folders["class_data_dir"]
         config = TrainingConfig(**{"instance_data_dir": self.folders["instance_data_dir"], **changes})
-        machine = Machine(torch.device("cpu"), DTYPES[precision], 0, 1, lambda: None)
+        machine = Machine(device, DTYPES[precision], 0, 1, lambda: None)
         pictures, _ = read_pictures(config)
         with mock.patch.object(Base, "load", lambda _, *parts, dtype=torch.float32: self._copy(parts, dtype)):
             parts = assemble(config, machine, pictures, seed=seed, steps_of=lambda _: config.max_train_steps)

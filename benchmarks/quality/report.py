@@ -1,6 +1,7 @@
 """The table of the quality benchmark, from the files of its runs."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
