@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo app app-picture setup test test-slow benchmark-quality lint format flags clean
+.PHONY: demo app app-picture setup test test-slow benchmark-quality benchmark-speed lint format flags clean
 
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -46,6 +46,9 @@ benchmark-quality: setup  ## all methods on the embedded base: hours on two core
 		$(BIN)/python -m benchmarks.quality $$stage --part 2/2 && wait $$one || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.quality report
+
+benchmark-speed: setup  ## what a step costs with each method and the stock recipe; ARGS="--model sdxl" on a CUDA GPU
+	$(BIN)/python -m benchmarks.speed $(or $(ARGS),--model medium)
 
 app-picture: setup  ## take the README's picture of the app again, from what `make demo` trained
 	PYTHONPATH=. $(BIN)/python tests/readme_picture.py
