@@ -109,7 +109,6 @@ def load_scene(
         latents,
         TokenizedPrompts(dataset.prompts(), (pipeline.tokenizer, pipeline.tokenizer_2)),
         seed=seed,
-        resolution=resolution,
         noise_offset=0.0,
         prior_loss_weight=1.0,
         device=device,
