@@ -22,6 +22,7 @@ from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
 from bilora_diffusion.batches import BatchMaker, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.data.buckets import make_buckets
 from bilora_diffusion.data.captions import CaptionRule, check_shuffling
 from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
 from bilora_diffusion.data.latent_files import LatentFiles
@@ -191,7 +192,6 @@ def assemble(
         latents,
         prompts,
         seed=seed,
-        resolution=resolution,
         noise_offset=config.noise_offset,
         prior_loss_weight=config.prior_loss_weight,
         device=machine.device,
@@ -313,6 +313,8 @@ def _data_set(
         seed=seed,
         repeats=config.repeats,
         captions=captions,
+        buckets=(config.buckets or make_buckets(resolution)) if config.use_aspect_ratio_buckets else None,
+        batch_size=config.train_batch_size,
     )
 
 
@@ -369,7 +371,7 @@ def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: Drea
         return EncodedLatents(dataset, vae)
     files = None
     if config.cache_dir_latents is not None:
-        files = LatentFiles(config.cache_dir_latents, vae, dataset.resolution, dataset.interpolation)
+        files = LatentFiles(config.cache_dir_latents, vae, dataset.interpolation)
     latents = CachedLatents(dataset, vae, files, machine.rank, machine.processes)
     if files is not None and machine.is_main:
         logger.info(f"latents: {files.found} read from {files.folder}, {files.made} encoded and kept there")

@@ -63,7 +63,6 @@ class BatchMaker:
         prompts: Prompts,
         *,
         seed: int,
-        resolution: int,
         noise_offset: float,
         prior_loss_weight: float,
         device: torch.device,
@@ -73,7 +72,6 @@ class BatchMaker:
         self.latents = latents
         self.prompts = prompts
         self.seed = seed
-        self.target = (resolution, resolution)
         self.noise_offset = noise_offset
         self.prior_loss_weight = prior_loss_weight
         self.device = device
@@ -89,7 +87,7 @@ class BatchMaker:
             shape = tuple(moment.mean.shape)
             noises.append(draw_noise(shape, generator(self.seed, "noise", *stream), self.noise_offset))
             timesteps.append(draw_timestep(self.objective, generator(self.seed, "timestep", *stream)))
-        sizes = [time_ids(row.original_size, row.crop_top_left, self.target) for row in rows]
+        sizes = [time_ids(row.original_size, row.crop_top_left, row.target) for row in rows]
         prompts = [row.prompt for row in rows]
         instances = [float(not row.is_class) for row in rows]
         places = self.latents.loss_weights(rows)

@@ -221,8 +221,9 @@ BEHAVIOUR = """\
 - Numbers out of range and flags that contradict each other are refused before anything is loaded.
 - Parameters that get no gradient are tolerated with several processes (text encoder 1's last layer gets none): the
   gradients are averaged once a step by the trainer itself, without a wrapper around the models.
-- Micro-batches are always full: the next epoch's order begins where the last one ended. Crops and flips are drawn anew
-  each time a picture is seen, noise and timesteps differ between processes, and min-SNR weights hold for the prior too.
+- Micro-batches are always full (but for aspect-ratio buckets): the next epoch's order begins where the last one ended.
+  Crops and flips are drawn anew each time a picture is seen, noise and timesteps differ between processes, and min-SNR
+  weights hold for the prior too.
 - `--revision` and `--variant` are the base's, not those of `--pretrained_vae_model_name_or_path`.
 """
 

@@ -317,6 +317,16 @@ class TrainingConfig:
         within=Range(16, multiple_of=8),
         departure="unset means the base's own, 1024 for SDXL (1024 there, whatever the base)",
     )
+    use_aspect_ratio_buckets: bool = flag(
+        False,
+        "train each picture at the shape nearest to its own, not at a square: about as many pixels as --resolution "
+        "squared, on SDXL's 64 px grid",
+        group=DATA,
+        origin="diffusers",
+    )
+    aspect_ratio_buckets: str | None = flag(
+        None, "these shapes for the buckets: height,width;height,width;...", group=DATA, origin="diffusers"
+    )
     center_crop: bool = flag(
         False, "crop the middle; off: a place drawn anew each time the picture is seen", group=DATA
     )
@@ -658,6 +668,7 @@ class TrainingConfig:
         if self.dataset_name is not None and self.instance_data_dir is not None:
             raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
         self._validate_masks()
+        self._validate_buckets()
         if self.cache_dir_latents is not None and self.cache_latents is False:
             raise UserError("--cache_dir_latents keeps latents and --cache_latents is off: leave one of them out")
         if self.with_prior_preservation:
@@ -687,6 +698,22 @@ class TrainingConfig:
             raise UserError(
                 "--mask_dir is the folder of --instance_data_dir, where masks would be learnt as pictures: give it "
                 "its own"
+            )
+
+    def _validate_buckets(self) -> None:
+        if self.aspect_ratio_buckets is not None:
+            if not self.use_aspect_ratio_buckets:
+                raise UserError("--aspect_ratio_buckets needs --use_aspect_ratio_buckets: set it, or leave both out")
+            side = FLAGS["resolution"].within
+            if not all(len(pair) == 2 and all(one in side for one in pair) for pair in self.buckets or ()):
+                raise UserError(
+                    f"--aspect_ratio_buckets is {show(self.aspect_ratio_buckets)}: it must be pairs height,width with "
+                    f"a semicolon between two, such as 1024,1024;832,1216, each number {side}"
+                )
+        if self.use_aspect_ratio_buckets and self.with_prior_preservation and not self.prior_from_base:
+            raise UserError(
+                "--use_aspect_ratio_buckets does not go with class pictures, which are squares: add --prior_source "
+                "base_prediction, or leave one of them out"
             )
 
     def _validate_method(self) -> None:
@@ -761,6 +788,16 @@ class TrainingConfig:
     def unet_targets(self) -> list[str] | None:
         """--lora_layers as a list; None for the attention projections."""
         return None if self.lora_layers is None else [name.strip() for name in self.lora_layers.split(",")]
+
+    @property
+    def buckets(self) -> list[tuple[int, ...]] | None:
+        """--aspect_ratio_buckets as (height, width) in px; None: by --resolution. A number that is none is -1."""
+        if self.aspect_ratio_buckets is None:
+            return None
+        return [
+            tuple(int(word) if word.strip().isdecimal() else -1 for word in pair.split(","))
+            for pair in self.aspect_ratio_buckets.strip().strip(";").split(";")
+        ]
 
     @property
     def prior_from_base(self) -> bool:

@@ -154,6 +154,7 @@ def lora_facts(config: TrainingConfig, parts: Parts, progress: Progress, started
         caption_dropout=config.caption_dropout,
         shuffle_caption=config.shuffle_caption,
         keep_tokens=config.keep_tokens,
+        aspect_ratio_buckets=config.use_aspect_ratio_buckets,
         masked_loss=any(picture.mask is not None for picture in dataset.instances),
         lora_layers=config.unet_targets,
         trained_parts=tuple(parts.models),

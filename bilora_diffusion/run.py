@@ -212,6 +212,7 @@ class Run:
             rank=self.machine.rank,
             world_size=self.machine.processes,
             batch_size=self.config.train_batch_size,
+            rows_in=self.parts.dataset.rows_in,
         )
         loader = DataLoader(
             self.parts.dataset,

@@ -94,6 +94,7 @@ BASE = {"pretrained_model_name_or_path": "tiny-random", "instance_data_dir": "ph
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "auxiliary_learning_rate": 1e-3}
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "dogs", "class_prompt": "a dog"}
 FROM_BASE = {"with_prior_preservation": True, "prior_source": "base_prediction", "class_prompt": "a dog"}
+BUCKETS = {"use_aspect_ratio_buckets": True}
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -123,6 +124,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "with --dataset_name use --alpha_mask",
     ),
     ({"cache_dir_latents": "kept", "cache_latents": False}, "--cache_dir_latents keeps latents and --cache_latents is"),
+    ({"aspect_ratio_buckets": "64,64"}, "--aspect_ratio_buckets needs --use_aspect_ratio_buckets"),
+    (BUCKETS | {"aspect_ratio_buckets": "64x64"}, "--aspect_ratio_buckets is '64x64': it must be pairs height,width"),
+    (BUCKETS | {"aspect_ratio_buckets": "64,64;60,64"}, "each number >= 16 and a multiple of 8"),
+    (BUCKETS | {"aspect_ratio_buckets": ";"}, "--aspect_ratio_buckets is ';'"),
+    (BUCKETS | {"aspect_ratio_buckets": "64,64,64"}, "--aspect_ratio_buckets is '64,64,64'"),
+    (PRIOR | BUCKETS, "--use_aspect_ratio_buckets does not go with class pictures"),
     (PRIOR | {"class_data_dir": "./photos/"}, "--class_data_dir is the folder of --instance_data_dir"),
     ({"output_dir": "photos"}, "--output_dir is the folder of --instance_data_dir"),
     ({"rho": 0.1, "rho_relative": 0.1}, "--rho and --rho_relative"),

@@ -34,6 +34,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.sdxl import Moments
 
 VIEW = View((64, 96), (0, 16), False)
+SQUARE = (64, 64)
 
 
 def moments(seed: float = 0.0) -> Moments:
@@ -51,8 +52,8 @@ def picture(tmp_path: Path) -> Picture:
     return find_pictures(tmp_path / "pictures", instance_prompt="x")[0][0]
 
 
-def files(folder: Path, vae, resolution: int = 64, interpolation: str = "lanczos") -> LatentFiles:
-    return LatentFiles(folder / "cache", vae, resolution, interpolation)
+def files(folder: Path, vae, interpolation: str = "lanczos") -> LatentFiles:
+    return LatentFiles(folder / "cache", vae, interpolation)
 
 
 def kept(folder: Path) -> list[Path]:
@@ -64,16 +65,16 @@ def kept(folder: Path) -> list[Path]:
 
 def test_what_was_kept_is_found(tmp_path: Path, tiny, picture: Picture) -> None:
     first = files(tmp_path, tiny.vae)
-    assert torch.equal(first.get(picture, VIEW, lambda: moments(3.0)).mean, moments(3.0).mean)
+    assert torch.equal(first.get(picture, VIEW, SQUARE, lambda: moments(3.0)).mean, moments(3.0).mean)
     again = files(tmp_path, copy.deepcopy(tiny.vae))
-    found = again.get(picture, VIEW, forbidden)
+    found = again.get(picture, VIEW, SQUARE, forbidden)
     assert torch.equal(found.mean, moments(3.0).mean) and torch.equal(found.std, moments().std)
     assert (first.found, first.made, again.found, again.made) == (0, 1, 1, 0)
     # By its content, not by its name.
     elsewhere = picture.source.with_name("renamed.png")
     picture.source.rename(elsewhere)
-    again.get(replace(picture, source=elsewhere, name="renamed.png"), VIEW, forbidden)
-    again.get(replace(picture, source=elsewhere.read_bytes()), VIEW, forbidden)
+    again.get(replace(picture, source=elsewhere, name="renamed.png"), VIEW, SQUARE, forbidden)
+    again.get(replace(picture, source=elsewhere.read_bytes()), VIEW, SQUARE, forbidden)
 
 
 def other_weights(vae) -> None:
@@ -86,11 +87,11 @@ def other_precision(vae) -> None:
 
 @pytest.mark.parametrize("change", [other_weights, other_precision])
 def test_another_vae_finds_nothing(change, tmp_path: Path, tiny, picture: Picture) -> None:
-    files(tmp_path, tiny.vae).get(picture, VIEW, moments)
+    files(tmp_path, tiny.vae).get(picture, VIEW, SQUARE, moments)
     other = copy.deepcopy(tiny.vae)
     change(other)
     assert fingerprint(other) != fingerprint(tiny.vae)
-    assert files(tmp_path, other).get(picture, VIEW, lambda: moments(1.0)).mean.max() == 1
+    assert files(tmp_path, other).get(picture, VIEW, SQUARE, lambda: moments(1.0)).mean.max() == 1
     assert len(kept(tmp_path)) == 2
 
 
@@ -103,15 +104,15 @@ def test_where_the_vae_lies_does_not_matter(tiny) -> None:
 def test_another_picture_view_or_resizing_finds_nothing(tmp_path: Path, tiny, picture: Picture) -> None:
     seen = 0.0
 
-    def get(one: Picture = picture, view: View = VIEW, **how) -> float:
+    def get(one: Picture = picture, view: View = VIEW, target: tuple[int, int] = SQUARE, **how) -> float:
         nonlocal seen
         seen += 1
-        return files(tmp_path, tiny.vae, **how).get(one, view, lambda: moments(seen)).mean.max().item()
+        return files(tmp_path, tiny.vae, **how).get(one, view, target, lambda: moments(seen)).mean.max().item()
 
     assert get() == 1 == get()
     assert get(view=replace(VIEW, flipped=True)) == 3
     assert get(view=replace(VIEW, crop_top_left=(0, 0))) == 4
-    assert get(resolution=32) == 5
+    assert get(target=(32, 64)) == 5
     assert get(interpolation="bilinear") == 6
     Image.new("RGB", (96, 64), "blue").save(picture.source)
     assert get() == 7
@@ -125,7 +126,7 @@ def test_another_picture_view_or_resizing_finds_nothing(tmp_path: Path, tiny, pi
 def test_a_damaged_file_is_told_of_and_made_anew(
     damage: str, tmp_path: Path, tiny, picture: Picture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files(tmp_path, tiny.vae).get(picture, VIEW, lambda: moments(1.0))
+    files(tmp_path, tiny.vae).get(picture, VIEW, SQUARE, lambda: moments(1.0))
     (path,) = kept(tmp_path)
     content = path.read_bytes()
     flipped = bytearray(content)
@@ -140,10 +141,10 @@ def test_a_damaged_file_is_told_of_and_made_anew(
             "other tensors": len(other).to_bytes(8, "little") + other + bytes(4),
         }[damage]
     )
-    assert files(tmp_path, tiny.vae).get(picture, VIEW, lambda: moments(2.0)).mean.max() == 2
+    assert files(tmp_path, tiny.vae).get(picture, VIEW, SQUARE, lambda: moments(2.0)).mean.max() == 2
     (warning,) = caplog.messages
     assert f"{path} is damaged" in warning and "\n" not in warning
-    assert files(tmp_path, tiny.vae).get(picture, VIEW, forbidden).mean.max() == 2
+    assert files(tmp_path, tiny.vae).get(picture, VIEW, SQUARE, forbidden).mean.max() == 2
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, tiny) -> None:

@@ -206,7 +206,7 @@ def test_the_pixels_under_the_mask_are_the_pictures(folders: tuple[Path, Path]) 
 
 def test_a_cell_weighs_what_its_pixels_do_on_average() -> None:
     view = View((64, 64), (0, 0), False)
-    weights = latent_weights(render_mask(stripes((64, 64), slice(4, 36)), view, 64), 8)
+    weights = latent_weights(render_mask(stripes((64, 64), slice(4, 36)), view, (64, 64)), 8)
     assert weights.shape == (8, 8)
     assert weights[0].tolist() == [1.0, 2.0, 2.0, 2.0, 1.0, 0.0, 0.0, 0.0]  # half the picture is white: 1 / mean is 2
     assert weights.mean() == 1
@@ -215,11 +215,11 @@ def test_a_cell_weighs_what_its_pixels_do_on_average() -> None:
 @pytest.mark.parametrize("grey", [1, 127, 255])
 def test_a_mask_of_one_brightness_weighs_exactly_one(grey: int) -> None:
     mask = Image.new("L", (96, 64), grey)
-    assert (latent_weights(render_mask(mask, View((64, 96), (0, 13), True), 64), 8) == 1).all()
+    assert (latent_weights(render_mask(mask, View((64, 96), (0, 13), True), (64, 64)), 8) == 1).all()
 
 
 def test_a_mask_that_vanishes_weighs_nothing() -> None:
-    assert (render_mask(Image.new("L", (64, 64), 0), View((64, 64), (0, 0), False), 64) == 0).all()
+    assert (render_mask(Image.new("L", (64, 64), 0), View((64, 64), (0, 0), False), (64, 64)) == 0).all()
 
 
 def test_the_loss_does_not_see_what_is_masked(build: Builder, folders: tuple[Path, Path]) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "SMALLEST_SIDE_PX",
     "SUFFIXES",
     "Prepared",
+    "Resolution",
     "Source",
     "View",
     "draw_view",
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 Source = Path | bytes | Image.Image
+
+Resolution = int | tuple[int, int]
+"""Of what the model sees: the side of a square, or (height, width), in px."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff") + ((".avif",) if features.check("avif") else ())
 """File name endings taken for pictures, in lower case; compare without regard to case."""
@@ -141,16 +145,24 @@ def _read(source: Source, name: str, convert: Callable[[Image.Image], Image.Imag
         raise UserError(f"{name} cannot be read as a picture ({_reason(error)}): replace or remove it") from error
 
 
-def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(height, width) in px once the shorter side is `resolution`; torchvision's rounding (down)."""
+def resized_size(size: tuple[int, int], resolution: Resolution) -> tuple[int, int]:
+    """(height, width) in px of the smallest size that holds `resolution`: for a square, the shorter side is its side.
+
+    Torchvision's rounding (down), but never below `resolution`.
+    """
     height, width = size
-    if height <= width:
-        return resolution, int(resolution * width / height)
-    return int(resolution * height / width), resolution
+    to_height, to_width = _sides(resolution)
+    if height * to_width <= width * to_height:
+        return to_height, max(to_width, int(to_height * width / height))
+    return max(to_height, int(to_width * height / width)), to_width
+
+
+def _sides(resolution: Resolution) -> tuple[int, int]:
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 def draw_view(
-    size: tuple[int, int], resolution: int, center_crop: bool, random_flip: bool, generator: torch.Generator
+    size: tuple[int, int], resolution: Resolution, center_crop: bool, random_flip: bool, generator: torch.Generator
 ) -> View:
     """Where to cut a picture of (height, width) `size` px, and whether to mirror it first (one time in two).
 
@@ -158,7 +170,7 @@ def draw_view(
     as they were.
     """
     flip, *shares = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    spare = [side - resolution for side in resized_size(size, resolution)]
+    spare = [have - need for have, need in zip(resized_size(size, resolution), _sides(resolution), strict=True)]
     if center_crop:
         y, x = (round(px / 2) for px in spare)
     else:
@@ -166,8 +178,8 @@ def draw_view(
     return View(original_size=size, crop_top_left=(y, x), flipped=random_flip and flip < 0.5)
 
 
-def resize(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
-    """The picture with its shorter side at `resolution` px.
+def resize(image: Image.Image, resolution: Resolution, interpolation: str) -> Image.Image:
+    """The picture in its `resized_size`.
 
     Raises:
         UserError: `interpolation` is not one of `INTERPOLATIONS`.
@@ -179,14 +191,15 @@ def resize(image: Image.Image, resolution: int, interpolation: str) -> Image.Ima
     return F.resize(image, list(size), interpolation=INTERPOLATIONS[interpolation])
 
 
-def render(resized: Image.Image, view: View, resolution: int) -> torch.Tensor:
-    """Pixels (3, R, R), float32 in [-1, 1], that `view` shows of a picture from `resize`: mirror, then
+def render(resized: Image.Image, view: View, resolution: Resolution) -> torch.Tensor:
+    """Pixels (3, H, W), float32 in [-1, 1], that `view` shows of a picture from `resize`: mirror, then
     crop.
     """
     if view.flipped:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     y, x = view.crop_top_left
-    values = np.array(resized.crop((x, y, x + resolution, y + resolution)))
+    height, width = _sides(resolution)
+    values = np.array(resized.crop((x, y, x + width, y + height)))
     # Dividing by 255 and then by 0.5 rounds as torchvision's ToTensor and Normalize([0.5], [0.5]) do.
     return torch.from_numpy(values).permute(2, 0, 1).float().contiguous().div_(255).sub_(0.5).div_(0.5)
 

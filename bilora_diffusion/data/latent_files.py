@@ -36,31 +36,30 @@ class LatentFiles:
     Arguments:
         folder: `--cache_dir_latents`; made if it is not there.
         vae: the one that encodes; read here, not held.
-        resolution: side of the square in px.
         interpolation: filter that resized the pictures.
 
     Raises:
         UserError: the folder cannot be made.
     """
 
-    def __init__(self, folder: str | Path, vae: nn.Module, resolution: int, interpolation: str) -> None:
+    def __init__(self, folder: str | Path, vae: nn.Module, interpolation: str) -> None:
         self.found, self.made = 0, 0  # what came from a file and what had to be encoded
-        self._how = [_PREPARATION, resolution, interpolation]
+        self._how = [_PREPARATION, interpolation]
         self.folder = Path(folder) / fingerprint(vae)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--cache_dir_latents {folder} cannot be made: {error.strerror}; name another") from error
 
-    def get(self, picture: Picture, view: View, encode: Callable[[], Moments]) -> Moments:
-        """The posterior of what a view shows of a picture, from its file, or else encoded and kept.
+    def get(self, picture: Picture, view: View, target: tuple[int, int], encode: Callable[[], Moments]) -> Moments:
+        """The posterior of what a view shows of a picture at (height, width) `target`: read, or encoded and kept.
 
         The picture's file is read, but not decoded. A damaged file of ours is told of and written anew.
 
         Raises:
             UserError: the picture cannot be read, the disk is full or the folder cannot be written.
         """
-        what = json.dumps([picture.digest(), view.crop_top_left, view.flipped, *self._how])
+        what = json.dumps([picture.digest(), view.crop_top_left, view.flipped, target, *self._how])
         path = self.folder / f"{_digest(what.encode())}.safetensors"
         kept = _read(path)
         if kept is not None:

@@ -75,7 +75,10 @@ class CachedLatents:
         for place in range(processes):
             for key, view in variants[(rank + place) % processes :: processes]:
                 encode = partial(_encode, dataset, vae, key, view)
-                self.cache[key] = encode() if files is None else files.get(dataset.picture(*key[:2]), view, encode)
+                if files is None:
+                    self.cache[key] = encode()
+                else:
+                    self.cache[key] = files.get(dataset.picture(*key[:2]), view, dataset.target(*key[:2]), encode)
                 self.weights[key] = _weights(dataset.mask(*key[:2], view), vae.config)
                 _check_some_weight(self.weights[key], dataset, key)
 

@@ -91,20 +91,22 @@ def _check_some_white(picture: Picture) -> None:
         raise UserError(f"the mask of {picture.name} is black all over, nothing of it would be learnt: mend it")
 
 
-def render_mask(resized: Image.Image, view: View, resolution: int) -> Tensor:
-    """The weight of each pixel that `view` shows, (R, R), float32: mirrored and cut as `images.render` does.
+def render_mask(resized: Image.Image, view: View, resolution: tuple[int, int]) -> Tensor:
+    """The weight of each pixel that `view` shows, (H, W), float32: mirrored and cut as `images.render` does.
 
     Arguments:
         resized: the mask, 8-bit grey, of the size of the resized picture.
+        resolution: (H, W) in px.
     """
     values = np.asarray(resized, dtype=np.float64)
     values = values / (values.mean() or 1.0)  # a few white pixels may vanish when it is made smaller
     if view.flipped:
         values = values[:, ::-1]
     y, x = view.crop_top_left
-    return torch.from_numpy(values[y : y + resolution, x : x + resolution].astype(np.float32))
+    height, width = resolution
+    return torch.from_numpy(values[y : y + height, x : x + width].astype(np.float32))
 
 
 def latent_weights(weights: Tensor, factor: int) -> Tensor:
-    """(R, R) -> (R / factor, R / factor): the mean over the pixels of each of the latents' cells."""
+    """(H, W) -> (H / factor, W / factor): the mean over the pixels of each of the latents' cells."""
     return torch.nn.functional.avg_pool2d(weights[None], factor)[0]

@@ -51,6 +51,7 @@ class LoraFacts:
         mixed_precision: `no`, `fp16` or `bf16`.
         min_snr_gamma, noise_offset, caption_dropout: of the loss and the captions, None or 0 = off.
         shuffle_caption, keep_tokens: whether the captions' tags were shuffled, and how many of them stayed in front.
+        aspect_ratio_buckets: whether pictures were trained at shapes near their own.
         masked_loss: whether pictures had masks.
         lora_layers: names of the adapted modules of the UNet, if not the attention projections.
         trained_parts: `unet`, `text_encoder`, `text_encoder_2`, as far as they have adapters.
@@ -91,6 +92,7 @@ class LoraFacts:
     caption_dropout: float | None = None
     shuffle_caption: bool | None = None
     keep_tokens: int | None = None
+    aspect_ratio_buckets: bool = False
     masked_loss: bool = False
     lora_layers: Sequence[str] | None = None
     trained_parts: Sequence[str] = ("unet",)

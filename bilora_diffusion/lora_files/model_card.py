@@ -199,6 +199,7 @@ Give the file a name of your own there; what is inside is the same model as `{DI
 
 def _training(facts: LoraFacts) -> str:
     prior = f" and {facts.num_class_images} class pictures" if facts.num_class_images else ""
+    shapes = ", aspect-ratio buckets" if facts.aspect_ratio_buckets else ""
     rows = {
         "rank / alpha": f"{facts.rank} / {facts.alpha:g}",
         "initial values": _initial(facts.init_lora_weights),
@@ -206,7 +207,7 @@ def _training(facts: LoraFacts) -> str:
         "adapted modules of the UNet": ", ".join(f"`{name}`" for name in facts.lora_layers or ()) or None,
         "pictures": None if facts.num_images is None else f"{facts.num_images}{prior}",
         "held to the base's own prediction": None if facts.prior_prompt is None else f"`{facts.prior_prompt}`",
-        "resolution": f"{facts.resolution} px" if facts.resolution else None,
+        "resolution": f"{facts.resolution} px{shapes}" if facts.resolution else None,
         "optimiser steps": facts.steps,
         "pictures a step": _rows_a_step(facts),
         "learning rate": _learning_rate(facts),

@@ -141,7 +141,6 @@ def fixed_batches(
         CachedLatents(dataset, pipeline.vae),
         TokenizedPrompts(dataset.prompts(), (pipeline.tokenizer, pipeline.tokenizer_2)),
         seed=seed,
-        resolution=resolution,
         noise_offset=0.0,
         prior_loss_weight=1.0,
         device=device,
