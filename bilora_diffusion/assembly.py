@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bilora_diffusion.batches import BatchMaker, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.buckets import make_buckets
 from bilora_diffusion.data.captions import CaptionRule, check_shuffling
-from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
+from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset, flatten
 from bilora_diffusion.data.latent_files import LatentFiles
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
 from bilora_diffusion.data.masks import with_alpha_masks, with_mask_files
@@ -281,18 +282,18 @@ def _first_batches(
 ) -> list[TrainingMicroBatch]:
     """The run's first draws, `GRADIENT_ROWS` or a few more, the same on every process."""
     size = config.train_batch_size
-    firsts = range(0, GRADIENT_ROWS, size)
+    batches = list(islice(DrawBatches(batch_size=size, rows_in=dataset.rows_in), math.ceil(GRADIENT_ROWS / size)))
     scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
     return [
         TrainingMicroBatch(
-            make_batch(flatten([dataset[draw] for draw in range(first, first + size)])),
+            make_batch(flatten([dataset[draw] for draw in draws])),
             models,
             make_batch.objective,
             machine.dtype,
-            1 / len(firsts),
+            1 / len(batches),
             scaler,
         )
-        for first in firsts
+        for draws in batches
     ]
 
 
