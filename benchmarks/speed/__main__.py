@@ -30,7 +30,7 @@ FEWEST_ROUNDS = 3
 def main(argv: list[str] | None = None) -> None:
     arguments = _parse(argv)
     if arguments.model is None:
-        print(write_table(arguments.folder))
+        print(*report(arguments.folder), sep="\n")
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.speed.bases import RESOLUTIONS, SharedBase
     from benchmarks.speed.contenders import RANK, Setting, specifications, write_pictures
     from benchmarks.speed.measuring import as_json, in_rounds, matmul_flops_per_second, prepare
-    from benchmarks.speed.report import draw
     from bilora_diffusion.finishing import package_versions
 
     if arguments.model == "sdxl" and not torch.cuda.is_available():
@@ -95,13 +94,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / f"speed_{arguments.model}_{device.type}.json"
     path.write_text(json.dumps(rounded(content)) + "\n")
-    draw(content, path.with_suffix(".png"))
-    print(path, path.with_suffix(".png"), write_table(arguments.folder), sep="\n")
+    print(path, *report(arguments.folder), sep="\n")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(MINUTES), help="left out: only write speed.md from what is there")
+    parser.add_argument(
+        "--model", choices=tuple(MINUTES), help="left out: only the table and the pictures, from what is there"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows of the table, and lora")
     parser.add_argument("--minutes", type=float, help="of the rounds; at least three are made")
     parser.add_argument("--batch", type=int, default=1)
@@ -117,13 +117,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def write_table(folder: Path) -> Path:
-    """speed.md from all measurements in a folder."""
-    from benchmarks.speed.report import table
+def report(folder: Path) -> list[Path]:
+    """speed.md from all measurements in a folder, and a picture of each."""
+    from benchmarks.speed.report import draw, table
 
+    measured = {path: json.loads(path.read_text()) for path in sorted(folder.glob("speed_*.json"))}
+    pictures = [path.with_suffix(".png") for path in measured]
+    for content, picture in zip(measured.values(), pictures, strict=True):
+        draw(content, picture)
     path = folder / "speed.md"
-    path.write_text(table([json.loads(one.read_text()) for one in sorted(folder.glob("speed_*.json"))]))
-    return path
+    path.write_text(table(list(measured.values())))
+    return [path, *pictures]
 
 
 def rounded(value: Any) -> Any:

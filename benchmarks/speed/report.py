@@ -102,8 +102,8 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     for place, middle in enumerate(middles):
         axis.annotate(f"{middle:.2f}", (middle, place), xytext=(0, 5), textcoords="offset points", ha="center", size=7)
     axis.set_yticks(range(len(names)), names)
-    axis.margins(y=0.06)
+    axis.set_ylim(-0.6, len(names) - 0.3)
     setting = content["configuration"]
-    title = f"{setting['model']} at {setting['resolution']} px, {setting['precision']}, {setting['device']}"
+    title = f"{setting['model']} at {setting['resolution']} px, precision {setting['precision']}, {setting['device']}"
     axis.set(xlabel=f"time of a step / {BASELINE}'s, median and 95 % interval", title=title)
     figure.savefig(path, dpi=150)
