@@ -38,7 +38,7 @@ from bilora_diffusion.report.plots import COLOURS, INK, Line, Plot, mean_of, svg
 from bilora_diffusion.report.quantities import QUANTITIES, amount, compared
 from bilora_diffusion.report.running import run_all
 from bilora_diffusion.report.splitting import split, write_folder
-from bilora_diffusion.report.verdict import caveat, sentence, verdict
+from bilora_diffusion.report.verdict import caveat, gap_note, sentence, verdict
 from bilora_diffusion.run_folder import DIFFUSERS_FILE
 from bilora_diffusion.runs import LOG_FILE
 from bilora_diffusion.sharpness.setting import load_scene
@@ -137,6 +137,11 @@ def test_the_verdict_compares_with_the_first_method() -> None:
     assert "was not measured" in none[0].text and "nothing was compared" in none[1].text
     assert "one in twenty" in caveat(8, 3, 4) and "one in twenty" not in caveat(8, 1, 0)
     assert "cannot be told apart" in caveat(8, 1, 0)
+
+
+def test_a_negative_loss_gap_is_told() -> None:
+    assert gap_note("bilora", [0.01, 0.03]) == "Bi-LoRA's loss gap was +0.02, the mean of its runs."
+    assert "In 1 of 2 it was negative: the loss was lower with the perturbation" in gap_note("bilora", [-0.01, 0.03])
 
 
 # --- What is held out ---
@@ -435,6 +440,7 @@ def test_the_page_is_whole_and_takes_prompts_as_text(report: Path) -> None:
     assert any(HOSTILE in (attributes.get("alt") or "") for attributes in pictures)
     assert INK not in text and text.count("<svg") == 5 and COLOURS[0] in text
     assert any("python -m bilora_diffusion.cli --pretrained" in one for one in page.texts)
+    assert any("Bi-LoRA's loss gap was" in one for one in page.texts)
     for name in ("loss", "checkpoints", "sharpness", "pictures", "other_prompts"):
         with Image.open(report / f"{name}.png") as picture:
             assert picture.width > 400

@@ -17,7 +17,7 @@ from bilora_diffusion.report.plan import title
 from bilora_diffusion.report.plots import Line, Plot
 from bilora_diffusion.report.quantities import Compared, amount, number
 from bilora_diffusion.report.results import Results, RunResult
-from bilora_diffusion.report.verdict import caveat
+from bilora_diffusion.report.verdict import caveat, gap_note
 from bilora_diffusion.runs import Run
 
 __all__ = ["contents"]
@@ -53,6 +53,7 @@ def contents(results: Results) -> tuple[dict[str, Any], list[Plot], dict[str, Im
         "copying": _table(results, found, SIMILARITIES),
         "copying_note": _copying_note(results),
         "copies": _copies(results),
+        "training_notes": _gap_notes(results),
         "training_plots": [plot.title for plot in training],
         "sharpness": _table(results, found, ("sharpness",)),
         "sharpness_plots": [plot.title for plot in sharpness],
@@ -230,6 +231,15 @@ def _training_plots(results: Results) -> list[Plot]:
         if lines:
             plots.append(Plot(name, CURVE_TITLES[name], "step", name.replace("_over_", " / ").replace("_", " "), lines))
     return plots
+
+
+def _gap_notes(results: Results) -> list[str]:
+    notes = []
+    for method, some in results.by_method.items():
+        gaps = [gap for run in some if (gap := run.summary.get("loss_gap")) is not None]
+        if gaps:
+            notes.append(gap_note(method, gaps))
+    return notes
 
 
 def _sharpness_plots(results: Results) -> list[Plot]:

@@ -8,7 +8,7 @@ from bilora_diffusion.paired import Difference
 from bilora_diffusion.report.plan import title
 from bilora_diffusion.report.quantities import Compared, Quantity, amount
 
-__all__ = ["Sentence", "caveat", "sentence", "verdict"]
+__all__ = ["Sentence", "caveat", "gap_note", "sentence", "verdict"]
 
 TOLD = ("held_out", "gap", "drift", "nearest", "sharpness", "seconds")
 """The quantities that the verdict has a sentence about; the tables have all."""
@@ -74,6 +74,22 @@ def sentence(
     return Sentence(
         f"{start}: more than the chance of the seeds explains.", "lower" if difference.mean < 0 else "higher"
     )
+
+
+def gap_note(method: str, gaps: Sequence[float]) -> str:
+    """What the loss gaps of a method's runs say; a negative one means more than an auxiliary that does nothing.
+
+    Arguments:
+        gaps: the mean of each run, L(perturbed) - L(clean).
+    """
+    below = sum(gap < 0 for gap in gaps)
+    text = f"{title(method)}'s loss gap was {sum(gaps) / len(gaps):+.2g}, the mean of its runs."
+    if below:
+        text += (
+            f" In {below} of {len(gaps)} it was negative: the loss was lower with the perturbation than without it, and "
+            "the LoRA that is kept is the one without it."
+        )
+    return text
 
 
 def caveat(count: int, seeds: int, held_out: int) -> str:
