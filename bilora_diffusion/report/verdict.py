@@ -86,8 +86,8 @@ def gap_note(method: str, gaps: Sequence[float]) -> str:
     text = f"{title(method)}'s loss gap was {sum(gaps) / len(gaps):+.2g}, the mean of its runs."
     if below:
         text += (
-            f" In {below} of {len(gaps)} it was negative: the loss was lower with the perturbation than without it, and "
-            "the LoRA that is kept is the one without it."
+            f" In {below} of {len(gaps)} it was negative: the loss was lower with the perturbation than without it, "
+            "and the LoRA that is kept is the one without it."
         )
     return text
 
