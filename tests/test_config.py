@@ -243,7 +243,7 @@ def test_every_stock_flag_is_here_with_its_default() -> None:
     assert all(FLAGS[name].departure for name in OTHER_DEFAULTS)
 
 
-@pytest.mark.parametrize("flag", FLAGS.values(), ids=str)
+@pytest.mark.parametrize("flag", FLAGS.values(), ids=lambda flag: flag.name)
 def test_a_flag_says_what_it_is(flag: Any) -> None:
     assert flag.kind in (bool, int, float, str)
     assert flag.group in GROUPS
