@@ -64,7 +64,7 @@ INTRODUCTION = [
     "batch 4, 400 steps; for one seed all runs see the same icons, noise and timesteps, so differences to LoRA are "
     "paired. Losses are means over fixed draws: of 3D icons that were never trained on (validation names to choose "
     "by, test names to report), of the 23 (training), and of flat icons (what is forgotten). Where a candidate is "
-    "missing below it was not run. The times are those of a shared machine: [speed.md](speed.md) has what a step costs.",
+    "missing below it was not run. The times are of a shared machine: [speed.md](speed.md) has what a step costs.",
 ]
 
 
