@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo app app-picture setup test test-slow benchmark-quality lint format flags clean
+.PHONY: demo app app-picture report report-picture setup test test-slow benchmark-quality benchmark-speed lint format flags \
+	clean
 
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -47,6 +48,16 @@ benchmark-quality: setup  ## all methods on the embedded base: hours on two core
 		$(BIN)/python -m benchmarks.quality $$stage --part 2/2 && wait $$one || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.quality report
+
+report: setup  ## train LoRA and Bi-LoRA on the 3D icons with three seeds, measure them, write outputs/report/report.html
+	$(BIN)/python -m bilora_diffusion.report --config configs/quickstart.yaml --max_train_steps 250 --checkpointing_steps 50 \
+		--guidance_scale 2 --output_dir outputs/report $(ARGS)
+
+report-picture: setup  ## take the README's picture of a report again, from what `make report` wrote
+	PYTHONPATH=. $(BIN)/python tests/report_picture.py
+
+benchmark-speed: setup  ## what a step costs with each method and the stock recipe; ARGS="--model sdxl" on a CUDA GPU
+	$(BIN)/python -m benchmarks.speed $(or $(ARGS),--model medium)
 
 app-picture: setup  ## take the README's picture of the app again, from what `make demo` trained
 	PYTHONPATH=. $(BIN)/python tests/readme_picture.py

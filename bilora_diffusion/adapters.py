@@ -1,7 +1,8 @@
-"""The two adapters of every projection: W = W0 + s1 B1 A1 + s2 B2 A2.
+"""The adapters of every projection: W = W0 + s1 B1 A1 + s2 B2 A2.
 
 The primary (1) is what the user keeps; the auxiliary (2) is the perturbation that the primary is trained under. Both
-are ordinary peft LoRA adapters with names of their own, in float32 whatever the base's precision.
+are ordinary peft LoRA adapters with names of their own, in float32 whatever the base's precision. A third, frozen one
+takes away what the primary began with where that is not zero: see `initialisation`.
 
 Reference:
     Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning Large-Scale Models (Liu et al., 2026),
@@ -21,11 +22,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor, nn
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.fused import fuse
 from bilora_diffusion.randomness import generator
 
 __all__ = [
     "AUXILIARY",
     "PRIMARY",
+    "START",
     "TARGETS",
     "UNET",
     "LowRank",
@@ -41,6 +44,7 @@ __all__ = [
 
 PRIMARY = "default"  # several helpers of diffusers and peft assume this name for what is saved
 AUXILIARY = "auxiliary"
+START = "start"
 
 UNET = "unet"
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -83,7 +87,7 @@ def add_adapter(
     dropout: float = 0.0,
     use_dora: bool = False,
 ) -> None:
-    """Attaches one adapter to every target of a frozen model and leaves all adapters active and trainable.
+    """Attaches one adapter to every target of a frozen model and leaves all adapters active, all but `START` trainable.
 
     The starting values depend on the seed, the part and the adapter alone, not on the base's precision or device, and
     the global random state is left as it was: with or without an auxiliary, the primary starts from the same numbers.
@@ -91,9 +95,9 @@ def add_adapter(
     Arguments:
         part: which of `TARGETS` the model is.
         model: a diffusers or transformers model, its own parameters frozen.
-        adapter: `PRIMARY` or `AUXILIARY`.
+        adapter: `PRIMARY`, `START` or `AUXILIARY`.
         rank: r, at least 1.
-        scale: s = alpha / r.
+        scale: s = alpha / r; below zero for `START`.
         init: of A: `gaussian` (standard deviation 1 / r, as diffusers' scripts) or `kaiming` (uniform, variance
             1 / (3 in), as peft and the LoRA paper). B starts at zero.
         targets: ends of the module names to adapt, unset = `TARGETS[part]`.
@@ -119,12 +123,15 @@ def add_adapter(
         # A second adapter is intended; peft's warning would start every run with an alarm.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         model.add_adapter(config, adapter_name=adapter)
+    fuse(model)
     draw = generator(seed, "adapter", part, adapter)
     for _, layer in adapted_layers(model):
         if adapter in layer.lora_A:
             _set_start(layer, adapter, init, draw)
         # Adding an adapter deactivates and freezes the ones before it.
-        layer.set_adapter([name for name in (PRIMARY, AUXILIARY) if name in layer.lora_A])
+        layer.set_adapter([name for name in (PRIMARY, START, AUXILIARY) if name in layer.lora_A])
+    for parameter in parameters_of(model, START).values():
+        parameter.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -159,7 +166,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 
 def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter by name. `requires_grad` cannot tell them apart: both adapters are trained."""
+    """The parameters of one adapter by name. `requires_grad` cannot tell them apart: two adapters are trained."""
     return {
         re.sub(rf"\.{adapter}(?=\.|$)", "", name): parameter
         for name, parameter in model.named_parameters()

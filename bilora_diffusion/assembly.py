@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,20 @@ from torch import nn
 
 from bilora_diffusion import methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, parameters_of
+from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
-from bilora_diffusion.batches import BatchMaker
+from bilora_diffusion.batches import BatchMaker, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
-from bilora_diffusion.data.dreambooth import DreamBoothDataset
+from bilora_diffusion.data.buckets import make_buckets
+from bilora_diffusion.data.captions import CaptionRule, check_shuffling
+from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset, flatten
+from bilora_diffusion.data.latent_files import LatentFiles
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
+from bilora_diffusion.data.masks import with_alpha_masks, with_mask_files
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.initialisation import attach_start, fill_start, weight_gradients
 from bilora_diffusion.lora_files.initial import copy_lora_into, read_lora
 from bilora_diffusion.optimizers import auxiliary_learning_rates, build_optimizer, learning_rates
 from bilora_diffusion.prior import make_class_pictures, missing_class_pictures
@@ -37,6 +44,8 @@ __all__ = ["Machine", "Parts", "assemble", "free_memory", "read_pictures"]
 
 logger = logging.getLogger(__name__)
 
+GRADIENT_ROWS = 32
+"""Over which --init_lora_weights lora_ga takes the weights' gradient."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -79,7 +88,17 @@ class Parts:
 
 
 def read_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
-    """The instance pictures, found and checked before anything heavy is loaded, and warnings."""
+    """The instance pictures with their masks, found and checked before anything heavy is loaded, and warnings."""
+    pictures, warnings = _find_pictures(config)
+    if config.mask_dir is not None:
+        return with_mask_files(pictures, config.mask_dir), warnings
+    if config.alpha_mask:
+        pictures, more = with_alpha_masks(pictures)
+        return pictures, warnings + more
+    return pictures, warnings
+
+
+def _find_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
     if config.dataset_name is not None:
         return pictures_of_dataset(
             config.dataset_name,
@@ -111,7 +130,7 @@ def assemble(
         pictures: from `read_pictures`.
         seed: the run's, resolved.
         steps_of: gives the number of optimiser steps from the length of the data set.
-        resumed: the adapters' values will come from a checkpoint, so --init_lora_from is not read.
+        resumed: the adapters' values will come from a checkpoint, so no start is read or computed.
 
     Raises:
         UserError: whatever in the configuration, the base or the pictures does not fit.
@@ -124,18 +143,8 @@ def assemble(
         vae=config.pretrained_vae_model_name_or_path,
     )
     resolution = config.resolution or base.native_resolution()
-    prior = _class_pictures(config, machine, base, resolution, seed)
-    dataset = DreamBoothDataset(
-        pictures,
-        class_pictures=prior,
-        resolution=resolution,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        interpolation=config.image_interpolation_mode,
-        seed=seed,
-        repeats=config.repeats,
-        caption_dropout=config.caption_dropout,
-    )
+    dataset = _data_set(config, machine, base, pictures, resolution, seed)
+    prior_prompt = config.class_prompt if config.prior_from_base else None
     initial = read_lora(config.init_lora_from, base) if config.init_lora_from and not resumed else None
     text = base.load(*TEXT_ENCODERS, dtype=machine.dtype)
     encoders = [getattr(text, part).requires_grad_(False).to(machine.device) for part in TEXT_ENCODERS]
@@ -144,11 +153,16 @@ def assemble(
     models: dict[str, nn.Module] = {}
     sampling_prompts: dict[str, PromptEmbeddings] = {}
     prompts: Prompts
+    texts = list(dict.fromkeys([*dataset.prompts(), *({prior_prompt} - {None})]))
     if config.train_text_encoder:
         models |= dict(zip(TEXT_ENCODERS, encoders, strict=True))
-        prompts = TokenizedPrompts(dataset.prompts(), tokenizers)
+        prompts = TokenizedPrompts(texts, tokenizers)
     else:
-        prompts = EmbeddedPrompts(dataset.prompts(), tokenizers, encoders)
+        prompts = EmbeddedPrompts(texts, tokenizers, encoders, all_known=not config.shuffle_caption)
+        if config.shuffle_caption and machine.is_main:
+            logger.info(
+                "the text encoders stay in memory: --shuffle_caption makes prompts that cannot be embedded ahead"
+            )
         for prompt in {config.validation_prompt, config.final_validation_prompt} - {None}:
             sampling_prompts[prompt] = embed_for_sampling(text, prompt, machine.device)
     scheduler, zeros = text.scheduler, text.config.force_zeros_for_empty_prompt
@@ -163,7 +177,7 @@ def assemble(
             PRIMARY,
             rank=config.rank,
             scale=(config.lora_alpha or config.rank) / config.rank,
-            init="gaussian",  # as the stock script
+            init="kaiming" if config.init_lora_weights == "kaiming" else "gaussian",
             seed=seed,
             targets=config.unet_targets if part == UNET else None,
             dropout=config.lora_dropout,
@@ -174,6 +188,20 @@ def assemble(
             _enable_checkpointing(part, model)
     if initial is not None:
         copy_lora_into(models, initial, config.init_lora_from)
+    make_batch = BatchMaker(
+        objective,
+        latents,
+        prompts,
+        seed=seed,
+        noise_offset=config.noise_offset,
+        prior_loss_weight=config.prior_loss_weight,
+        device=machine.device,
+        prior_prompt=prior_prompt,
+    )
+    if config.moves_start:
+        attach_start(models, seed)
+        if not resumed:
+            _compute_start(config, machine, dataset, models, make_batch, seed)
     total_batch = config.train_batch_size * config.gradient_accumulation_steps * machine.processes
     rates = learning_rates(config, list(models), total_batch)
     steps = steps_of(len(dataset))
@@ -210,17 +238,8 @@ def assemble(
         compute_dtype=machine.dtype,
         max_grad_norm=config.max_grad_norm,
         seed=seed,
+        base_prior=prior_prompt is not None,
         ema_decay=config.ema_decay,
-    )
-    make_batch = BatchMaker(
-        objective,
-        latents,
-        prompts,
-        seed=seed,
-        resolution=resolution,
-        noise_offset=config.noise_offset,
-        prior_loss_weight=config.prior_loss_weight,
-        device=machine.device,
     )
     return Parts(
         base,
@@ -238,10 +257,72 @@ def assemble(
     )
 
 
+def _compute_start(
+    config: TrainingConfig,
+    machine: Machine,
+    dataset: DreamBoothDataset,
+    models: Mapping[str, nn.Module],
+    make_batch: BatchMaker,
+    seed: int,
+) -> None:
+    start, gradients = config.init_lora_weights, None
+    if machine.is_main:  # decomposing all weights of SDXL takes minutes
+        logger.info(f"computing where the LoRA begins (--init_lora_weights {start})")
+    if start == "lora_ga":
+        gradients = weight_gradients(models, _first_batches(config, machine, dataset, models, make_batch))
+    fill_start(models, start, seed, gradients)
+
+
+def _first_batches(
+    config: TrainingConfig,
+    machine: Machine,
+    dataset: DreamBoothDataset,
+    models: Mapping[str, nn.Module],
+    make_batch: BatchMaker,
+) -> list[TrainingMicroBatch]:
+    """The run's first draws, `GRADIENT_ROWS` or a few more, the same on every process."""
+    size = config.train_batch_size
+    batches = list(islice(DrawBatches(batch_size=size, rows_in=dataset.rows_in), math.ceil(GRADIENT_ROWS / size)))
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
+    return [
+        TrainingMicroBatch(
+            make_batch(flatten([dataset[draw] for draw in draws])),
+            models,
+            make_batch.objective,
+            machine.dtype,
+            1 / len(batches),
+            scaler,
+        )
+        for draws in batches
+    ]
+
+
+def _data_set(
+    config: TrainingConfig, machine: Machine, base: Base, pictures: list[Picture], resolution: int, seed: int
+) -> DreamBoothDataset:
+    captions = CaptionRule(config.caption_dropout, config.shuffle_caption, config.keep_tokens)
+    check_shuffling(captions, pictures)
+    if config.prior_from_base:
+        check_prior_prompt(config.class_prompt, pictures)
+    return DreamBoothDataset(
+        pictures,
+        class_pictures=_class_pictures(config, machine, base, resolution, seed),
+        resolution=resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        interpolation=config.image_interpolation_mode,
+        seed=seed,
+        repeats=config.repeats,
+        captions=captions,
+        buckets=(config.buckets or make_buckets(resolution)) if config.use_aspect_ratio_buckets else None,
+        batch_size=config.train_batch_size,
+    )
+
+
 def _class_pictures(
     config: TrainingConfig, machine: Machine, base: Base, resolution: int, seed: int
 ) -> list[Picture] | None:
-    if not config.with_prior_preservation:
+    if not config.with_prior_preservation or config.prior_from_base:
         return None
     folder = Path(config.class_data_dir)
     missing = missing_class_pictures(folder, config.num_class_images)
@@ -276,10 +357,11 @@ def _prior_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
 
 
 def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: DreamBoothDataset) -> LatentSource:
-    if config.cache_latents and not dataset.cacheable:
+    if (config.cache_latents or config.cache_dir_latents) and not dataset.cacheable:
+        flag = "cache_latents" if config.cache_latents else "cache_dir_latents"
         raise UserError(
-            "--cache_latents: random crops are drawn anew each time, so there is nothing to keep: "
-            "add --center_crop, or leave --cache_latents out"
+            f"--{flag}: random crops are drawn anew each time, so there is nothing to keep: "
+            f"add --center_crop, or leave --{flag} out"
         )
     cached = dataset.cacheable if config.cache_latents is None else config.cache_latents
     if not cached and config.cache_latents is None and machine.is_main:
@@ -288,7 +370,12 @@ def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: Drea
     vae.enable_slicing()
     if not cached:
         return EncodedLatents(dataset, vae)
-    latents = CachedLatents(dataset, vae)
+    files = None
+    if config.cache_dir_latents is not None:
+        files = LatentFiles(config.cache_dir_latents, vae, dataset.interpolation)
+    latents = CachedLatents(dataset, vae, files, machine.rank, machine.processes)
+    if files is not None and machine.is_main:
+        logger.info(f"latents: {files.found} read from {files.folder}, {files.made} encoded and kept there")
     dataset.stop_decoding()
     del vae
     free_memory()

@@ -7,6 +7,7 @@ behind is overwritten by the next instead of piling up.
 
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,19 +27,23 @@ HINTS = {
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
     """Gives a temporary path to write to; when the block ends without an exception it becomes `path`.
 
     The temporary file is in the same folder (a rename is atomic within one file system only) and its name
     ends in `.tmp`, so that no reader of that folder takes it for a model or a picture. A writer that goes by
     the ending must be told the format.
 
+    Arguments:
+        shared: other processes may write the same file at this moment; the last one's stays.
+
     Raises:
         UserError: the operating system refused (a full disk, no permission, no such folder). Whatever was at
             `path` before is untouched, and no temporary file is left.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
+    own = f".{uuid.uuid4().hex}" if shared else ""
+    temporary = target.with_name(f".{target.name}{own}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -53,9 +58,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a whole file; see `atomic_write` for the errors."""
-    with atomic_write(path) as temporary:
+def write_bytes_atomically(path: str | os.PathLike[str], content: bytes, shared: bool = False) -> None:
+    """Writes a whole file; see `atomic_write` for the errors and for `shared`."""
+    with atomic_write(path, shared) as temporary:
         temporary.write_bytes(content)
 
 

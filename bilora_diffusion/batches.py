@@ -27,6 +27,10 @@ class Batch:
         conditioning: of the same B rows.
         weights: (B,): 1 for an instance row, `--prior_loss_weight` for a class row.
         instances: (B,): 1 for an instance row, 0 for a class row.
+        base_predictions: (B, 4, H/8, W/8), float32: what the class rows are held to in place of the truth
+            (`--prior_source base_prediction`); None without.
+        place_weights: (B, 1, H/8, W/8), the weight of each place of the latents in its row's loss: a mask, ones where a
+            row has none; None where no row has one.
     """
 
     latents: Tensor
@@ -35,6 +39,8 @@ class Batch:
     conditioning: Conditioning
     weights: Tensor
     instances: Tensor
+    base_predictions: Tensor | None = None
+    place_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -44,6 +50,10 @@ class BatchMaker:
     """Draws noise and timesteps for rows and brings everything to the device.
 
     A row's draws depend on the seed and its draw number alone: not on its rank, its place in the batch or the method.
+
+    Arguments:
+        prior_prompt: `--class_prompt` with `--prior_source base_prediction`: every instance row is followed by a class
+            row that differs from it in the prompt alone. None otherwise.
     """
 
     def __init__(
@@ -53,19 +63,19 @@ class BatchMaker:
         prompts: Prompts,
         *,
         seed: int,
-        resolution: int,
         noise_offset: float,
         prior_loss_weight: float,
         device: torch.device,
+        prior_prompt: str | None = None,
     ) -> None:
         self.objective = objective
         self.latents = latents
         self.prompts = prompts
         self.seed = seed
-        self.target = (resolution, resolution)
         self.noise_offset = noise_offset
         self.prior_loss_weight = prior_loss_weight
         self.device = device
+        self.prior_prompt = prior_prompt
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         latents, noises, timesteps = [], [], []
@@ -77,17 +87,42 @@ class BatchMaker:
             shape = tuple(moment.mean.shape)
             noises.append(draw_noise(shape, generator(self.seed, "noise", *stream), self.noise_offset))
             timesteps.append(draw_timestep(self.objective, generator(self.seed, "timestep", *stream)))
-        sizes = torch.stack([time_ids(row.original_size, row.crop_top_left, self.target) for row in rows])
-        instances = torch.tensor([float(not row.is_class) for row in rows])
-        weights = torch.where(instances > 0, 1.0, self.prior_loss_weight)
-        conditioning = self.prompts.conditioning([row.prompt for row in rows], sizes)
-        tensors = (torch.stack(latents), torch.stack(noises), torch.stack(timesteps))
-        return Batch(
-            *(tensor.to(self.device, non_blocking=True) for tensor in tensors),
-            conditioning.to(self.device),
-            weights.to(self.device),
-            instances.to(self.device),
+        sizes = [time_ids(row.original_size, row.crop_top_left, row.target) for row in rows]
+        prompts = [row.prompt for row in rows]
+        instances = [float(not row.is_class) for row in rows]
+        places = self.latents.loss_weights(rows)
+        if self.prior_prompt is not None:
+            latents, noises, timesteps, sizes = map(_doubled, (latents, noises, timesteps, sizes))
+            places = [place for own in places for place in (own, None)]
+            prompts = [prompt for own in prompts for prompt in (own, self.prior_prompt)]
+            instances = [1.0, 0.0] * len(rows)
+        is_instance = torch.tensor(instances)
+        weights = torch.where(is_instance > 0, 1.0, self.prior_loss_weight)
+        conditioning = self.prompts.conditioning(prompts, torch.stack(sizes))
+        place_weights = self._place_weights(places, latents)
+        latents, noises, timesteps, weights, is_instance = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (torch.stack(latents), torch.stack(noises), torch.stack(timesteps), weights, is_instance)
         )
+        return Batch(
+            latents,
+            noises,
+            timesteps,
+            conditioning.to(self.device),
+            weights,
+            is_instance,
+            place_weights=place_weights,
+        )
+
+    def _place_weights(self, weights: Sequence[Tensor | None], latents: Sequence[Tensor]) -> Tensor | None:
+        if all(weight is None for weight in weights):
+            return None
+        ones = torch.ones(latents[0].shape[1:])
+        return torch.stack([ones if weight is None else weight for weight in weights])[:, None].to(self.device)
+
+
+def _doubled(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors for _ in range(2)]
 
 
 @dataclass(frozen=True)
@@ -119,11 +154,23 @@ class TrainingMicroBatch:
         batch = self.batch
         latents, noise, timesteps = batch.latents[rows], batch.noise[rows], batch.timesteps[rows]
         noisy = self.objective.noisy_latents(latents, noise, timesteps)
-        fed = self.objective.model_input(noisy, timesteps).to(self.compute_dtype)
-        with self._autocast(latents.device):
-            output = denoise(self.models, fed, timesteps, batch.conditioning[rows])
-        losses = self.objective.losses(output, latents, noise, noisy, timesteps)
+        targets = self.objective.targets(latents, noise, timesteps)
+        if batch.base_predictions is not None:
+            is_instance = batch.instances[rows].reshape(-1, 1, 1, 1) > 0
+            targets = torch.where(is_instance, targets, batch.base_predictions[rows])
+        output = self._output(noisy, timesteps, batch.conditioning[rows])
+        weights = None if batch.place_weights is None else batch.place_weights[rows]
+        losses = self.objective.errors(output, targets, noisy, timesteps, weights)
         return (batch.weights[rows] * losses).sum() / batch.instances[rows].sum().clamp_min(1)
+
+    @torch.no_grad()
+    def predictions(self, rows: slice = slice(None)) -> Tensor:
+        """What the models predict for some rows at their present weights, (B, 4, H/8, W/8), float32, no graph."""
+        batch = self.batch
+        timesteps = batch.timesteps[rows]
+        noisy = self.objective.noisy_latents(batch.latents[rows], batch.noise[rows], timesteps)
+        output = self._output(noisy, timesteps, batch.conditioning[rows])
+        return self.objective.predictions(output, noisy, timesteps)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss * self.share).backward()
@@ -131,6 +178,11 @@ class TrainingMicroBatch:
     def in_float32(self) -> "TrainingMicroBatch":
         """The same draws for a loss computed without half precision; see `loss_gap.float32_computation`."""
         return replace(self, compute_dtype=torch.float32)
+
+    def _output(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        fed = self.objective.model_input(noisy, timesteps).to(self.compute_dtype)
+        with self._autocast(noisy.device):
+            return denoise(self.models, fed, timesteps, conditioning)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:

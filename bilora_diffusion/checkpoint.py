@@ -2,6 +2,8 @@
 
     checkpoint-N/pytorch_lora_weights.safetensors   the primary, float32: loads in diffusers, and is resumed from
     checkpoint-N/auxiliary.safetensors              the auxiliary, where the method has one
+    checkpoint-N/factors.safetensors                the primary itself and what it began with, where the file above
+                                                    holds the difference (--init_lora_weights pissa and the like)
     checkpoint-N/training_state.pt                  optimisers, schedules, loss scale, the method's counters
     checkpoint-N/checkpoint.json                    step, draws, what the run was, its losses so far
 
@@ -17,7 +19,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, parameters_of
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, START, parameters_of
 from bilora_diffusion.atomic import HINTS, write_bytes_atomically, write_text_atomically
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.lora_files.diffusers_format import DIFFUSERS_FILE, portable_name
@@ -37,12 +39,15 @@ __all__ = [
     "checkpoints",
     "find_checkpoint",
     "load_checkpoint",
+    "named_factors",
+    "named_parameters",
     "remove_leftovers",
     "restore_adapters",
     "save_checkpoint",
 ]
 
 AUXILIARY_FILE = "auxiliary.safetensors"
+FACTORS_FILE = "factors.safetensors"
 STATE_FILE = "training_state.pt"
 FACTS_FILE = "checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -60,6 +65,7 @@ class Checkpoint:
         progress: the run so far: step, draws, losses and so on; JSON values.
         state: `Trainer.state_dict()`.
         auxiliary: the auxiliary's factors by name; empty where the method has none.
+        factors: the primary's and `START`'s by adapter and name; empty where the LoRA file holds the primary itself.
     """
 
     identity: Mapping[str, Any]
@@ -67,6 +73,7 @@ class Checkpoint:
     progress: Mapping[str, Any]
     state: Mapping[str, Any]
     auxiliary: Mapping[str, Tensor]
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_lora: Callable[[Path], Any], limit: int | None) -> Path:
@@ -87,9 +94,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_lora: Callable[[
     try:
         unfinished.mkdir(parents=True)
         write_lora(unfinished)
-        if checkpoint.auxiliary:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.auxiliary.items()}
-            write_bytes_atomically(unfinished / AUXILIARY_FILE, save(tensors))
+        for name, values in ((AUXILIARY_FILE, checkpoint.auxiliary), (FACTORS_FILE, checkpoint.factors)):
+            if values:
+                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in values.items()}
+                write_bytes_atomically(unfinished / name, save(tensors))
         buffer = io.BytesIO()  # torch reports a full disk as a RuntimeError of its own; Python's files do not
         torch.save(dict(checkpoint.state), buffer)
         write_bytes_atomically(unfinished / STATE_FILE, buffer.getvalue())
@@ -176,7 +184,9 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
         with warnings.catch_warnings():  # of what is odd in a damaged file; the error says enough
             warnings.simplefilter("ignore")
             state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-        auxiliary = load_file(path / AUXILIARY_FILE) if (path / AUXILIARY_FILE).exists() else {}
+        auxiliary, factors = (
+            load_file(path / name) if (path / name).exists() else {} for name in (AUXILIARY_FILE, FACTORS_FILE)
+        )
     except _DAMAGE as error:
         raise _damaged(path, error) from None
     for flag, value in identity.items():
@@ -186,7 +196,7 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
                 f"{path} was made with --{flag} {_shown(saved)}, this run has {_shown(value)}: "
                 f"give --{flag} {_shown(saved)} or start a new run in another --output_dir"
             )
-    return Checkpoint(saved_identity, kept, progress, state, auxiliary)
+    return Checkpoint(saved_identity, kept, progress, state, auxiliary, factors)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -196,29 +206,14 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 @torch.no_grad()
 def restore_adapters(path: Path, checkpoint: Checkpoint, models: Mapping[str, nn.Module]) -> None:
-    """Puts both adapters' values back, bit by bit.
+    """Puts all adapters' values back, bit by bit.
 
     Raises:
         UserError: the files hold other tensors than this run trains, or the LoRA file is damaged.
     """
-    primary = {
-        f"{part}.{portable_name(part, name)}": parameter
-        for part, model in models.items()
-        for name, parameter in parameters_of(model, PRIMARY).items()
-    }
-    auxiliary = {
-        f"{part}.{name}": parameter
-        for part, model in models.items()
-        for name, parameter in parameters_of(model, AUXILIARY).items()
-    }
-    try:
-        content = load_file(path / DIFFUSERS_FILE)
-    except _DAMAGE as error:
-        raise _damaged(path, error) from None
-    # A DoRA's magnitudes have no ".weight" in peft's names.
-    bare = {name.removesuffix(".weight"): parameter for name, parameter in primary.items()}
-    saved = {name.removesuffix(".weight"): tensor for name, tensor in content.items()}
-    for parameters, tensors in ((bare, saved), (auxiliary, checkpoint.auxiliary)):
+    factors = named_factors(models)
+    kept_apart = (factors, checkpoint.factors) if factors else _in_lora_file(path, models)
+    for parameters, tensors in (kept_apart, (named_parameters(models, AUXILIARY), checkpoint.auxiliary)):
         wrong = set(parameters) ^ set(tensors) or {
             name for name, parameter in parameters.items() if parameter.shape != tensors[name].shape
         }
@@ -228,6 +223,40 @@ def restore_adapters(path: Path, checkpoint: Checkpoint, models: Mapping[str, nn
             )
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+def named_parameters(models: Mapping[str, nn.Module], adapter: str) -> dict[str, nn.Parameter]:
+    """One adapter's parameters over all parts, by part and name."""
+    return {
+        f"{part}.{name}": parameter
+        for part, model in models.items()
+        for name, parameter in parameters_of(model, adapter).items()
+    }
+
+
+def named_factors(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The primary's and `START`'s parameters by adapter, part and name; none where there is no `START`."""
+    start = named_parameters(models, START)
+    primary = named_parameters(models, PRIMARY) if start else {}
+    return {f"{START}.{name}": one for name, one in start.items()} | {
+        f"primary.{name}": one for name, one in primary.items()
+    }
+
+
+def _in_lora_file(path: Path, models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """The primary's parameters and what the LoRA file has for them."""
+    try:
+        content = load_file(path / DIFFUSERS_FILE)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from None
+    primary = {
+        f"{part}.{portable_name(part, name)}": parameter
+        for part, model in models.items()
+        for name, parameter in parameters_of(model, PRIMARY).items()
+    }
+    # A DoRA's magnitudes have no ".weight" in peft's names.
+    bare = {name.removesuffix(".weight"): parameter for name, parameter in primary.items()}
+    return bare, {name.removesuffix(".weight"): tensor for name, tensor in content.items()}
 
 
 def _shown(value: Any) -> str:

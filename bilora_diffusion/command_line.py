@@ -198,7 +198,7 @@ def _entries(path: str) -> Iterator[tuple[int, str, Any]]:
 
 # --- docs/flags.md ---
 
-ORIGINS = {"stock": "stock", "diffusers": "newer diffusers", "bilora": "ours"}
+ORIGINS = {"stock": "stock", "diffusers": "newer diffusers", "kohya": "sd-scripts", "bilora": "ours"}
 INTRODUCTION = f"""\
 # Flags of {PROGRAM}
 
@@ -211,7 +211,7 @@ Written by `python -m bilora_diffusion.command_line > docs/flags.md`; a test kee
 - `none` on the command line unsets a number or switch that may be unset: `--max_train_steps none`.
 - Flags are written out in full; a wrong name is answered with the nearest right one.
 - "From": stock is diffusers' `train_dreambooth_lora_sdxl.py`; newer diffusers: a name its newer scripts use;
-  `*`: departs from the stock script as listed below.
+  sd-scripts: one of kohya-ss/sd-scripts; `*`: departs from the stock script as listed below.
 
 ## Departures from the stock script
 
@@ -221,8 +221,9 @@ BEHAVIOUR = """\
 - Numbers out of range and flags that contradict each other are refused before anything is loaded.
 - Parameters that get no gradient are tolerated with several processes (text encoder 1's last layer gets none): the
   gradients are averaged once a step by the trainer itself, without a wrapper around the models.
-- Micro-batches are always full: the next epoch's order begins where the last one ended. Crops and flips are drawn anew
-  each time a picture is seen, noise and timesteps differ between processes, and min-SNR weights hold for the prior too.
+- Micro-batches are always full (but for aspect-ratio buckets): the next epoch's order begins where the last one ended.
+  Crops and flips are drawn anew each time a picture is seen, noise and timesteps differ between processes, and min-SNR
+  weights hold for the prior too.
 - `--revision` and `--variant` are the base's, not those of `--pretrained_vae_model_name_or_path`.
 """
 

@@ -7,6 +7,7 @@ is written once. This module imports neither torch nor diffusers: `--help` and a
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,8 @@ FLAGS_OF_METHODS: dict[str, tuple[str, ...]] = {
 }
 """Which methods read a flag of the group Method; the flags that are not here hold for all."""
 
+STARTS = re.compile(r"gaussian|kaiming|pissa|pissa_niter_[0-9]{1,3}|olora|lora_ga")
+
 # Two ways to say one thing: never both. On the command line one of them displaces the other of the YAML file.
 RIVALS = (("rho", "rho_relative"), ("dataset_name", "instance_data_dir"))
 
@@ -127,6 +130,13 @@ class TrainingConfig:
     )
     lora_dropout: float = flag(
         0.0, "probability that an input of the primary adapter is dropped", group=METHOD, within=BELOW_ONE
+    )
+    init_lora_weights: str = flag(
+        "gaussian",
+        "how the LoRA begins: gaussian (A has standard deviation 1 / rank) or kaiming (as peft), with B = 0; from the "
+        "weights: pissa, pissa_niter_N, olora; from their gradient: lora_ga (docs/methods.md)",
+        group=METHOD,
+        origin="bilora",
     )
     use_dora: bool = flag(
         False,
@@ -307,6 +317,16 @@ class TrainingConfig:
         within=Range(16, multiple_of=8),
         departure="unset means the base's own, 1024 for SDXL (1024 there, whatever the base)",
     )
+    use_aspect_ratio_buckets: bool = flag(
+        False,
+        "train each picture at the shape nearest to its own, not at a square: about as many pixels as --resolution "
+        "squared, on SDXL's 64 px grid",
+        group=DATA,
+        origin="diffusers",
+    )
+    aspect_ratio_buckets: str | None = flag(
+        None, "these shapes for the buckets: height,width;height,width;...", group=DATA, origin="diffusers"
+    )
     center_crop: bool = flag(
         False, "crop the middle; off: a place drawn anew each time the picture is seen", group=DATA
     )
@@ -314,6 +334,15 @@ class TrainingConfig:
     image_interpolation_mode: Literal[
         "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
     ] = flag("lanczos", "filter that resizes the pictures", group=DATA)
+    mask_dir: str | None = flag(
+        None,
+        "folder of masks named as their pictures: white is learnt, black is not, grey in between",
+        group=DATA,
+        origin="bilora",
+    )
+    alpha_mask: bool = flag(
+        False, "each picture's transparency is its mask: what is opaque is learnt", group=DATA, origin="kohya"
+    )
     caption_dropout: float = flag(
         0.0,
         "probability that a caption is replaced by the empty one",
@@ -321,28 +350,52 @@ class TrainingConfig:
         within=FRACTION,
         origin="diffusers",
     )
+    shuffle_caption: bool = flag(
+        False,
+        "put a caption's comma-separated tags into a random order, drawn anew each time",
+        group=DATA,
+        origin="kohya",
+    )
+    keep_tokens: int = flag(
+        0,
+        "tags at a caption's head that --shuffle_caption leaves in place",
+        group=DATA,
+        within=NOT_NEGATIVE,
+        origin="kohya",
+    )
     cache_latents: bool | None = flag(
         None,
         "encode each picture once and free the VAE; unset: on where the augmentation allows it",
         group=DATA,
         origin="diffusers",
     )
+    cache_dir_latents: str | None = flag(
+        None,
+        "folder that keeps the encoded pictures for the next run; any number of runs may share it; unset: none",
+        group=DATA,
+        origin="bilora",
+    )
     dataloader_num_workers: int = flag(
         0, "processes that read pictures; 0 = the main process", group=DATA, within=NOT_NEGATIVE
     )
 
     # --- Prior preservation ---
-    with_prior_preservation: bool = flag(
-        False, "train on pictures of the class too, so that it is not forgotten", group=PRIOR
+    with_prior_preservation: bool = flag(False, "train on the class too, so that it is not forgotten", group=PRIOR)
+    prior_source: Literal["class_images", "base_prediction"] = flag(
+        "class_images",
+        "what the class is held to: pictures that the base draws, or (needing no pictures) what the base predicts "
+        "for the instance's own latents under the class prompt",
+        group=PRIOR,
+        origin="bilora",
     )
     class_data_dir: str | None = flag(
         None, "folder with the class pictures; missing ones are generated into it", group=PRIOR
     )
     class_prompt: str | None = flag(
-        None, "prompt of the class pictures, such as 'a photo of a dog'", group=PRIOR, may_be_empty=True
+        None, "prompt of the class, such as 'a photo of a dog'", group=PRIOR, may_be_empty=True
     )
     prior_loss_weight: float = flag(
-        1.0, "weight of the class pictures' loss beside the instance's 1", group=PRIOR, within=NOT_NEGATIVE
+        1.0, "weight of the class's loss beside the instance's 1", group=PRIOR, within=NOT_NEGATIVE
     )
     num_class_images: int = flag(
         100, "how many class pictures there must be; the rest is generated", group=PRIOR, within=AT_LEAST_ONE
@@ -614,16 +667,54 @@ class TrainingConfig:
             raise UserError("no pictures to learn: give --instance_data_dir FOLDER or --dataset_name NAME")
         if self.dataset_name is not None and self.instance_data_dir is not None:
             raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
+        self._validate_masks()
+        self._validate_buckets()
+        if self.cache_dir_latents is not None and self.cache_latents is False:
+            raise UserError("--cache_dir_latents keeps latents and --cache_latents is off: leave one of them out")
         if self.with_prior_preservation:
-            for name in ("class_data_dir", "class_prompt"):
+            for name in ("class_prompt",) if self.prior_from_base else ("class_data_dir", "class_prompt"):
                 if getattr(self, name) is None:
                     raise UserError(f"--with_prior_preservation needs --{name}: set it, or leave both out")
+        if self.prior_from_base and self.class_prompt == "" and self.caption_dropout:
+            raise UserError(
+                "--prior_source base_prediction with an empty --class_prompt holds the empty prompt to the base, and "
+                "--caption_dropout teaches it the pictures: leave one of them out"
+            )
         # What is written into the folder of pictures would be learnt as the subject next time.
         for name in ("class_data_dir", "output_dir"):
             if self.instance_data_dir is not None and _same_folder(getattr(self, name), self.instance_data_dir):
                 raise UserError(
                     f"--{name} is the folder of --instance_data_dir, {show(self.instance_data_dir)}: give it its own"
                 )
+
+    def _validate_masks(self) -> None:
+        if self.mask_dir is None:
+            return
+        if self.alpha_mask:
+            raise UserError("--mask_dir and --alpha_mask are both set: a picture has one mask, give only one of them")
+        if self.dataset_name is not None:
+            raise UserError("--mask_dir goes by the names of files: with --dataset_name use --alpha_mask")
+        if _same_folder(self.mask_dir, self.instance_data_dir):
+            raise UserError(
+                "--mask_dir is the folder of --instance_data_dir, where masks would be learnt as pictures: give it "
+                "its own"
+            )
+
+    def _validate_buckets(self) -> None:
+        if self.aspect_ratio_buckets is not None:
+            if not self.use_aspect_ratio_buckets:
+                raise UserError("--aspect_ratio_buckets needs --use_aspect_ratio_buckets: set it, or leave both out")
+            side = FLAGS["resolution"].within
+            if not all(len(pair) == 2 and all(one in side for one in pair) for pair in self.buckets or ()):
+                raise UserError(
+                    f"--aspect_ratio_buckets is {show(self.aspect_ratio_buckets)}: it must be pairs height,width with "
+                    f"a semicolon between two, such as 1024,1024;832,1216, each number {side}"
+                )
+        if self.use_aspect_ratio_buckets and self.with_prior_preservation and not self.prior_from_base:
+            raise UserError(
+                "--use_aspect_ratio_buckets does not go with class pictures, which are squares: add --prior_source "
+                "base_prediction, or leave one of them out"
+            )
 
     def _validate_method(self) -> None:
         if self.rho is not None and self.rho_relative is not None:
@@ -632,6 +723,24 @@ class TrainingConfig:
             raise UserError(
                 f"--lora_layers is {show(self.lora_layers)}: it must be module names with a comma between "
                 "two, such as to_q,to_v"
+            )
+        self._validate_start()
+
+    def _validate_start(self) -> None:
+        start = self.init_lora_weights
+        if not STARTS.fullmatch(start):
+            raise UserError(
+                f"--init_lora_weights is {show(start)}: it must be one of gaussian, kaiming, pissa, olora, "
+                "lora_ga, or pissa_niter_N for N power iterations, such as pissa_niter_16"
+            )
+        if self.moves_start and self.use_dora:
+            raise UserError(
+                f"--use_dora and --init_lora_weights {start} exclude each other: a DoRA's magnitudes are those of the "
+                "weights with the start in them; use gaussian or kaiming, or leave --use_dora out"
+            )
+        if self.moves_start and self.init_lora_from is not None:
+            raise UserError(
+                f"--init_lora_from and --init_lora_weights {start} are both set: they are two beginnings, give only one"
             )
 
     def _validate_optimiser(self) -> None:
@@ -666,9 +775,34 @@ class TrainingConfig:
             )
 
     @property
+    def moves_start(self) -> bool:
+        """Whether the primary begins with B A that is not zero; see `initialisation`."""
+        return self.init_lora_weights not in ("gaussian", "kaiming")
+
+    @property
+    def file_rank(self) -> int:
+        """r of the written LoRA: a change since a start has twice the rank that is trained."""
+        return self.rank * (2 if self.moves_start else 1)
+
+    @property
     def unet_targets(self) -> list[str] | None:
         """--lora_layers as a list; None for the attention projections."""
         return None if self.lora_layers is None else [name.strip() for name in self.lora_layers.split(",")]
+
+    @property
+    def buckets(self) -> list[tuple[int, ...]] | None:
+        """--aspect_ratio_buckets as (height, width) in px; None: by --resolution. A number that is none is -1."""
+        if self.aspect_ratio_buckets is None:
+            return None
+        return [
+            tuple(int(word) if word.strip().isdecimal() else -1 for word in pair.split(","))
+            for pair in self.aspect_ratio_buckets.strip().strip(";").split(";")
+        ]
+
+    @property
+    def prior_from_base(self) -> bool:
+        """Whether class rows are held to the frozen base's prediction, not to class pictures."""
+        return self.with_prior_preservation and self.prior_source == "base_prediction"
 
     def warnings(self) -> list[str]:
         """What is allowed but hardly meant, one line each, to be shown once by the main process."""
@@ -699,6 +833,18 @@ class TrainingConfig:
             (
                 self.class_prompt is not None and not self.with_prior_preservation,
                 "--class_prompt has no effect without --with_prior_preservation",
+            ),
+            (
+                self.prior_source != "class_images" and not self.with_prior_preservation,
+                f"--prior_source {self.prior_source} has no effect without --with_prior_preservation",
+            ),
+            (
+                self.prior_from_base and self.class_data_dir is not None,
+                "--class_data_dir has no effect with --prior_source base_prediction, which uses no class pictures",
+            ),
+            (
+                self.keep_tokens > 0 and not self.shuffle_caption,
+                f"--keep_tokens {self.keep_tokens} has no effect without --shuffle_caption",
             ),
             (
                 prodigy and self.learning_rate <= 0.1,

@@ -100,7 +100,7 @@ def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, ste
         pipeline.unload_lora_weights()
     if names:
         columns.append(Column("true 3D icon", [_solid_icon(name) for name in names for _ in range(count)]))
-    titles = [f"{name} (trained on)" if name in TRAINED_ON else name for name in names for _ in range(count)]
+    titles = [f"{name} (trained)" if name in TRAINED_ON else name for name in names for _ in range(count)]
     path = folders[-1] / GRID_FILE
     with atomic_write(path) as temporary:
         grid(columns, titles).save(temporary, format="PNG")

@@ -56,22 +56,60 @@ class Objective:
         if not self.edm:
             return noisy
         sigma = self._sigmas(timesteps, noisy)
-        if isinstance(self.scheduler, EDMEulerScheduler):
+        if self._own_edm:
             return self.scheduler.precondition_inputs(noisy, sigma)
         return noisy / (sigma**2 + 1).sqrt()
 
     def losses(self, output: Tensor, latents: Tensor, noise: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """The weighted mean squared error of each row, (B,), float32."""
-        output, latents, noise, noisy = output.float(), latents.float(), noise.float(), noisy.float()
-        if self.edm:
-            return self._edm_losses(output, latents, noisy, timesteps)
+        return self.errors(output, self.targets(latents, noise, timesteps), noisy, timesteps)
+
+    def targets(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a perfect model predicts, (B, 4, H/8, W/8), float32; see `predictions`."""
+        latents, noise = latents.float(), noise.float()
+        if self.edm or self.prediction_type == "sample":
+            return latents
         if self.prediction_type == "epsilon":
-            target = noise
-        elif self.prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(latents, noise, timesteps)
-        else:
-            target = latents
-        return (output - target).square().flatten(1).mean(1) * self._snr_weights(timesteps)
+            return noise
+        return self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def predictions(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The UNet's output as what the loss compares with `targets`, float32: for EDM the denoised latents."""
+        output, noisy = output.float(), noisy.float()
+        if not self.edm:
+            return output
+        sigma = self._sigmas(timesteps, noisy)
+        if self._own_edm:
+            return self.scheduler.precondition_outputs(noisy, output, sigma)
+        if self.prediction_type == "epsilon":
+            return noisy - sigma * output
+        return noisy / (sigma**2 + 1) - output * sigma / (sigma**2 + 1).sqrt()
+
+    def errors(
+        self,
+        output: Tensor,
+        targets: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        place_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted mean squared distance of each row's prediction from its target, (B,), float32.
+
+        Arguments:
+            place_weights: (B, 1, H/8, W/8), of the squares in their mean, a mean of 1 for the usual size; None: all 1.
+        """
+        squares = (self.predictions(output, noisy, timesteps) - targets).square()
+        if place_weights is not None:
+            squares = squares * place_weights
+        if not self.edm:
+            return squares.flatten(1).mean(1) * self._snr_weights(timesteps)
+        # sigma^-2 where the schedule is not EDM's own.
+        weights = 1.0 if self._own_edm else self._sigmas(timesteps, squares) ** -2
+        return (weights * squares).flatten(1).mean(1)
+
+    @property
+    def _own_edm(self) -> bool:
+        return isinstance(self.scheduler, EDMEulerScheduler)
 
     def _snr_weights(self, timesteps: Tensor) -> Tensor | float:
         """min(snr, gamma) / snr for epsilon, / (snr + 1) for velocity, min(snr, gamma) for the sample itself."""
@@ -85,18 +123,6 @@ class Objective:
             return clipped
         # A zero-terminal-SNR schedule has snr = 0 at its last timestep: the limit of the quotient there is 1.
         return torch.where(snr > 0, clipped / snr.clamp_min(torch.finfo(snr.dtype).tiny), 1.0)
-
-    def _edm_losses(self, output: Tensor, latents: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Squared error of the denoised latents; sigma^-2 weights where the schedule is not EDM's own."""
-        sigma = self._sigmas(timesteps, noisy)
-        if isinstance(self.scheduler, EDMEulerScheduler):
-            denoised, weight = self.scheduler.precondition_outputs(noisy, output, sigma), 1.0
-        elif self.prediction_type == "epsilon":
-            denoised, weight = noisy - sigma * output, sigma**-2
-        else:
-            denoised = noisy / (sigma**2 + 1) - output * sigma / (sigma**2 + 1).sqrt()
-            weight = sigma**-2
-        return (weight * (denoised - latents).square()).flatten(1).mean(1)
 
     def _sigmas(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """Each row's noise level, (B, 1, 1, 1)."""

@@ -28,7 +28,7 @@ __all__ = [
     "show",
 ]
 
-Origin = Literal["stock", "diffusers", "bilora"]
+Origin = Literal["stock", "diffusers", "kohya", "bilora"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def flag(
         group: the heading in `--help`, one of `GROUPS`.
         within: the numbers allowed.
         choices: the words allowed, where the annotation is not a `Literal` that says them.
-        origin: who named it: the stock SDXL DreamBooth LoRA script, newer diffusers scripts, or this project.
+        origin: who named it: the stock SDXL DreamBooth LoRA script, newer diffusers scripts, kohya's
+            sd-scripts, or this project.
         departure: for a stock flag, in what it differs from the stock script.
         may_be_empty: whether an empty text means something (it does for a prompt).
     """

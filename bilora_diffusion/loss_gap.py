@@ -17,7 +17,7 @@ from torch import nn
 from bilora_diffusion.adapters import auxiliary_off
 from bilora_diffusion.methods.interface import Method
 
-__all__ = ["ARITHMETIC_NOISE", "LossGap", "float32_computation", "measure_loss_gap"]
+__all__ = ["ARITHMETIC_NOISE", "LossGap", "float32_computation", "measure_loss_gap", "no_dropout"]
 
 ARITHMETIC_NOISE = 1e-6
 """Share of the loss below which a gap cannot be told from float32's rounding. tests/test_loss_gap.py measures it:
@@ -51,7 +51,7 @@ def measure_loss_gap(models: Iterable[nn.Module], method: Method, micro_batches:
     """
     models = list(models)
     twins = [micro_batch.in_float32() for micro_batch in micro_batches]
-    with _no_dropout(models), float32_computation(models):
+    with no_dropout(models), float32_computation(models):
         with method.perturbed(twins):
             perturbed = torch.stack([twin.loss() for twin in twins]).mean()
         with auxiliary_off(models):
@@ -60,8 +60,8 @@ def measure_loss_gap(models: Iterable[nn.Module], method: Method, micro_batches:
 
 
 @contextmanager
-def _no_dropout(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Dropout draws anew in each pass: its difference would drown the auxiliary's."""
+def no_dropout(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, nothing is dropped. Dropout draws anew in each pass: its difference would drown the auxiliary's."""
     training = [model.training for model in models]
     try:
         for model in models:

@@ -1,4 +1,4 @@
-"""Prompts as the UNet needs them: embedded once if the text encoders are frozen, as tokens if they are trained."""
+"""Prompts as the UNet needs them: embedded if the text encoders are frozen, as tokens if they are trained."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -19,27 +19,48 @@ class Prompts(Protocol):
 
 
 class EmbeddedPrompts:
-    """Embeddings computed once for all prompts of a run; the text encoders can be freed after that."""
+    """Embeddings computed once for all prompts that are known beforehand.
 
-    @torch.no_grad()
-    def __init__(self, prompts: Sequence[str], tokenizers: Sequence, text_encoders: Sequence[nn.Module]) -> None:
-        self.embeddings: Mapping[str, tuple[Tensor, Tensor]] = {}
-        for prompt in prompts:
-            # One at a time: a batch of another size could round differently, and a cache must not depend on its order.
-            ids = tokenize(tokenizers, [prompt]).to(text_encoders[0].device)
-            hidden, pooled = embed_prompts(text_encoders, ids)
-            self.embeddings[prompt] = hidden[0].cpu(), pooled[0].cpu()
+    Arguments:
+        all_known: no other prompt will come: the text encoders are not held and can be freed. Otherwise they embed
+            the others, such as captions with shuffled tags, whenever one comes.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], tokenizers: Sequence, text_encoders: Sequence[nn.Module], all_known: bool = True
+    ) -> None:
+        self.embeddings: Mapping[str, tuple[Tensor, Tensor]] = {
+            prompt: _embed(prompt, tokenizers, text_encoders) for prompt in prompts
+        }
+        self._unknown = None if all_known else (tokenizers, text_encoders)
 
     def conditioning(self, prompts: Sequence[str], sizes: Tensor) -> Conditioning:
-        hidden, pooled = zip(*(self.embeddings[prompt] for prompt in prompts), strict=True)
+        hidden, pooled = zip(*map(self._embedding, prompts), strict=True)
         return Conditioning(sizes, torch.stack(hidden), torch.stack(pooled))
+
+    def _embedding(self, prompt: str) -> tuple[Tensor, Tensor]:
+        if self._unknown is None or prompt in self.embeddings:
+            return self.embeddings[prompt]
+        return _embed(prompt, *self._unknown)
+
+
+@torch.no_grad()
+def _embed(prompt: str, tokenizers: Sequence, text_encoders: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+    # One at a time: a batch of another size could round differently, and a prompt must not depend on its neighbours.
+    ids = tokenize(tokenizers, [prompt]).to(text_encoders[0].device)
+    hidden, pooled = embed_prompts(text_encoders, ids)
+    return hidden[0].cpu(), pooled[0].cpu()
 
 
 class TokenizedPrompts:
     """Token ids; the text encoders run in every step, where their adapters are trained."""
 
     def __init__(self, prompts: Sequence[str], tokenizers: Sequence) -> None:
+        self.tokenizers = tokenizers
         self.ids = {prompt: tokenize(tokenizers, [prompt])[0] for prompt in prompts}
 
     def conditioning(self, prompts: Sequence[str], sizes: Tensor) -> Conditioning:
-        return Conditioning(sizes, token_ids=torch.stack([self.ids[prompt] for prompt in prompts]))
+        return Conditioning(sizes, token_ids=torch.stack([self._ids(prompt) for prompt in prompts]))
+
+    def _ids(self, prompt: str) -> Tensor:
+        return self.ids[prompt] if prompt in self.ids else tokenize(self.tokenizers, [prompt])[0]

@@ -17,12 +17,14 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from bilora_diffusion.adapters import AUXILIARY, auxiliary_off, parameters_of
+from bilora_diffusion.adapters import AUXILIARY, auxiliary_off
 from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures, steps_in_epoch
 from bilora_diffusion.checkpoint import (
     Checkpoint,
     find_checkpoint,
     load_checkpoint,
+    named_factors,
+    named_parameters,
     restore_adapters,
     save_checkpoint,
 )
@@ -33,7 +35,7 @@ from bilora_diffusion.finishing import finish, save_loras, upload
 from bilora_diffusion.interruption import Interruption, ignore_interrupts
 from bilora_diffusion.loss_gap import LossGap, measure_loss_gap
 from bilora_diffusion.previews import Previews
-from bilora_diffusion.processes import average
+from bilora_diffusion.processes import average, on_host
 from bilora_diffusion.progress import Progress
 from bilora_diffusion.run_folder import TRACKED_AS, RunFolder
 from bilora_diffusion.tracking import check_trackers, start_trackers
@@ -191,7 +193,7 @@ class Run:
                 measured = time.perf_counter() - measuring
                 rate = trainer.schedulers[0].get_last_lr()[0]
                 step = trainer.training_step(micro_batches, progress.step, interruption.requested)
-                measures = {name: float(value) for name, value in self.parts.method.measures().items()}
+                measures = on_host(self.parts.method.measures())
                 seconds = time.perf_counter() - began - measured
                 progress.add_step(step, measures, rows_a_step, seconds)
                 self._log(bar, rate)
@@ -210,6 +212,7 @@ class Run:
             rank=self.machine.rank,
             world_size=self.machine.processes,
             batch_size=self.config.train_batch_size,
+            rows_in=self.parts.dataset.rows_in,
         )
         loader = DataLoader(
             self.parts.dataset,
@@ -265,13 +268,13 @@ class Run:
     def _save_checkpoint(self) -> None:
         parts, config = self.parts, self.config
         if self.machine.is_main:
-            auxiliary = {
-                f"{part}.{name}": parameter
-                for part, model in parts.models.items()
-                for name, parameter in parameters_of(model, AUXILIARY).items()
-            }
             checkpoint = Checkpoint(
-                _identity(config), _kept(config), self.progress.to_json(), parts.trainer.state_dict(), auxiliary
+                _identity(config),
+                _kept(config),
+                self.progress.to_json(),
+                parts.trainer.state_dict(),
+                named_parameters(parts.models, AUXILIARY),
+                named_factors(parts.models),
             )
             with auxiliary_off(parts.models.values()):
                 save_checkpoint(
@@ -291,6 +294,7 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha or float(config.rank),
         "lora_layers": config.lora_layers,
         "train_text_encoder": config.train_text_encoder,
+        "init_lora_weights": config.init_lora_weights,
         "use_dora": config.use_dora,
         "optimizer": config.optimizer,
         "use_8bit_adam": config.use_8bit_adam,

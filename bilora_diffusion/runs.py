@@ -24,7 +24,7 @@ from bilora_diffusion.config import to_yaml
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import show
 
-__all__ = ["LOG_FILE", "Run", "find_run", "list_runs", "start_run", "stop_run"]
+__all__ = ["LOG_FILE", "START_FILE", "Run", "find_run", "launch", "list_runs", "start_run", "stop_run"]
 
 # The names are run_folder's and checkpoint's, which import torch.
 CONFIG_FILE, METRICS_FILE, STATE_FILE = "config.yaml", "metrics.jsonl", "state.json"
@@ -184,18 +184,29 @@ def start_run(folder: Path, name: str, words: Sequence[str]) -> Run:
     config = parse([*words, "--output_dir", str(path)])
     path.mkdir(parents=True)
     (path / START_FILE).write_text(to_yaml(config), encoding="utf-8")
-    with (path / LOG_FILE).open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bilora_diffusion.cli", "--config", str(path / START_FILE)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C for the app is not for the run
-        )
-    (path / PID_FILE).write_text(str(process.pid), encoding="utf-8")
+    process = launch(path, ["--config", str(path / START_FILE)])
     # Until somebody has taken note of its end it would go on as a zombie.
     threading.Thread(target=process.wait, name=f"run {name}", daemon=True).start()
     return Run(name, path)
+
+
+def launch(path: Path, words: Sequence[str]) -> subprocess.Popen:
+    """Starts the trainer's command in a process of its own, in a folder that is there; what it prints is in `LOG_FILE`.
+
+    Arguments:
+        path: the run's folder, which the words name as `--output_dir`.
+        words: of the trainer's command line.
+    """
+    with (path / LOG_FILE).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bilora_diffusion.cli", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C for the program that starts it is not for the run
+        )
+    (path / PID_FILE).write_text(str(process.pid), encoding="utf-8")
+    return process
 
 
 def stop_run(run: Run) -> None:

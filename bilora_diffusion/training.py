@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.base_prediction import hold_to_base
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.diffusion import Objective
 from bilora_diffusion.methods import Method
@@ -47,6 +48,7 @@ class Trainer:
         compute_dtype: of the forward pass.
         max_grad_norm: bound on the global norm of the primary's gradient; 0 = none. The auxiliary's gradient has no
             part in it.
+        base_prior: hold the class rows to the frozen base's prediction; see `base_prediction`.
         ema_decay: of the moving average of the primary that `as_exported` shows, None = the primary itself.
     """
 
@@ -62,6 +64,7 @@ class Trainer:
         compute_dtype: torch.dtype,
         max_grad_norm: float,
         seed: int,
+        base_prior: bool = False,
         ema_decay: float | None = None,
     ) -> None:
         self.models = models
@@ -73,6 +76,7 @@ class Trainer:
         self.compute_dtype = compute_dtype
         self.max_grad_norm = max_grad_norm
         self.seed = seed
+        self.base_prior = base_prior
         self.trained = [*self.primary, *method.parameters]
         self.average = None if ema_decay is None else EMAModel(self.primary, decay=ema_decay)
         device = self.primary[0].device.type
@@ -82,12 +86,13 @@ class Trainer:
         self._all_gradients = torch.optim.SGD(self.trained, lr=0.0) if self.scaler.is_enabled() else None
 
     def micro_batches(self, batches: Sequence[Batch]) -> list[TrainingMicroBatch]:
-        """Binds the drawn rows of one optimiser step to the models."""
+        """Binds the drawn rows of one optimiser step to the models, outside any perturbation."""
         share = 1 / len(batches)
-        return [
+        bound = [
             TrainingMicroBatch(batch, self.models, self.objective, self.compute_dtype, share, self.scaler)
             for batch in batches
         ]
+        return [hold_to_base(micro_batch) for micro_batch in bound] if self.base_prior else bound
 
     def training_step(self, micro_batches: Sequence[TrainingMicroBatch], number: int, stop: bool = False) -> Step:
         """One optimiser step.
@@ -98,13 +103,15 @@ class Trainer:
         """
         torch.manual_seed(stream_seed(self.seed, "dropout", number, self.rank))
         loss = self.method.accumulate(micro_batches)  # at W0 + s1 B1 A1 + s2 B2 A2
-        wishes = torch.tensor(float(stop), device=loss.device)
+        wishes = torch.full_like(loss, float(stop))  # filled on the device: copying a number there would wait for it
         loss, wishes = average_gradients(self.trained, loss, wishes)
-        told = torch.stack([loss, self._unscaled_norm(), wishes])
-        loss, norm, wishes = told.tolist()  # all that the host wants to know of the device, at once
+        norm, norm_of_primary = self._unscaled_norms()
+        # All that the host wants to know of the device, at once: the only time in a step that it waits.
+        loss, norm, wishes = torch.stack([loss, norm, wishes]).tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            self._clip_primary()
+            if self.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.primary, self.max_grad_norm, norm_of_primary)
             self.method.before_step()
             self.optimizer.step()  # descent on (A1, B1)
             self.method.after_step()  # Bi-LoRA: ascent on (A2, B2), then the global clip
@@ -137,15 +144,18 @@ class Trainer:
         """Of this process: dropout differs between processes as it does between rows."""
         return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
-    def _unscaled_norm(self) -> Tensor:
-        """Takes fp16's loss scale off all gradients; their global norm tells whether one of them is not finite."""
+    def _unscaled_norms(self) -> tuple[Tensor, Tensor]:
+        """Takes fp16's loss scale off all gradients.
+
+        Returns:
+            (the global norm of all of them, which tells whether one is not finite, that of the primary's alone).
+        """
         if self._all_gradients is not None:
             self.scaler.unscale_(self._all_gradients)
-        return torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-
-    def _clip_primary(self) -> None:
-        if self.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.primary, self.max_grad_norm)
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        of_primary = sum(parameter.grad is not None for parameter in self.primary)  # they come first
+        return torch.linalg.vector_norm(norms), torch.linalg.vector_norm(norms[:of_primary])
 
     def state_dict(self) -> dict[str, Any]:
         """All but the adapters' weights. Random numbers need no state: see `randomness`."""

@@ -93,6 +93,8 @@ OTHER_DEFAULTS = {"output_kohya_format": True, "resolution": None, "instance_pro
 BASE = {"pretrained_model_name_or_path": "tiny-random", "instance_data_dir": "photos"}
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "auxiliary_learning_rate": 1e-3}
 PRIOR = {"with_prior_preservation": True, "class_data_dir": "dogs", "class_prompt": "a dog"}
+FROM_BASE = {"with_prior_preservation": True, "prior_source": "base_prediction", "class_prompt": "a dog"}
+BUCKETS = {"use_aspect_ratio_buckets": True}
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -112,10 +114,30 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dataset_name": "owner/dogs"}, "--dataset_name and --instance_data_dir are both set"),
     ({"with_prior_preservation": True, "class_prompt": "a dog"}, "needs --class_data_dir"),
     ({"with_prior_preservation": True, "class_data_dir": "dogs"}, "needs --class_prompt"),
+    ({"with_prior_preservation": True, "prior_source": "base_prediction"}, "needs --class_prompt"),
+    (FROM_BASE | {"class_prompt": "", "caption_dropout": 0.1}, "--caption_dropout teaches it"),
+    ({"prior_source": "base"}, "--prior_source is 'base': it must be one of class_images, base_prediction"),
+    ({"mask_dir": "masks", "alpha_mask": True}, "--mask_dir and --alpha_mask are both set"),
+    ({"mask_dir": "./photos"}, "--mask_dir is the folder of --instance_data_dir"),
+    (
+        {"mask_dir": "m", "dataset_name": "owner/dogs", "instance_data_dir": None},
+        "with --dataset_name use --alpha_mask",
+    ),
+    ({"cache_dir_latents": "kept", "cache_latents": False}, "--cache_dir_latents keeps latents and --cache_latents is"),
+    ({"aspect_ratio_buckets": "64,64"}, "--aspect_ratio_buckets needs --use_aspect_ratio_buckets"),
+    (BUCKETS | {"aspect_ratio_buckets": "64x64"}, "--aspect_ratio_buckets is '64x64': it must be pairs height,width"),
+    (BUCKETS | {"aspect_ratio_buckets": "64,64;60,64"}, "each number >= 16 and a multiple of 8"),
+    (BUCKETS | {"aspect_ratio_buckets": ";"}, "--aspect_ratio_buckets is ';'"),
+    (BUCKETS | {"aspect_ratio_buckets": "64,64,64"}, "--aspect_ratio_buckets is '64,64,64'"),
+    (PRIOR | BUCKETS, "--use_aspect_ratio_buckets does not go with class pictures"),
     (PRIOR | {"class_data_dir": "./photos/"}, "--class_data_dir is the folder of --instance_data_dir"),
     ({"output_dir": "photos"}, "--output_dir is the folder of --instance_data_dir"),
     ({"rho": 0.1, "rho_relative": 0.1}, "--rho and --rho_relative"),
     ({"lora_layers": "to_q,,to_v"}, "--lora_layers is 'to_q,,to_v'"),
+    ({"init_lora_weights": "pisa"}, "--init_lora_weights is 'pisa': it must be one of gaussian, kaiming, pissa"),
+    ({"init_lora_weights": "pissa_niter_"}, "--init_lora_weights is 'pissa_niter_'"),
+    ({"init_lora_weights": "pissa_niter_4", "use_dora": True}, "--use_dora and --init_lora_weights pissa_niter_4"),
+    ({"init_lora_weights": "lora_ga", "init_lora_from": "x"}, "--init_lora_from and --init_lora_weights lora_ga"),
     (PRODIGY | {"use_8bit_adam": True}, "--use_8bit_adam works only with --optimizer AdamW"),
     ({"optimizer": "prodigy", "learning_rate": 1.0}, "needs --auxiliary_learning_rate"),
     ({"optimizer": "prodigy", "ascent": "sgd"}, "needs --auxiliary_learning_rate"),
@@ -185,11 +207,14 @@ NOT_NEGATIVE = [
     "adam_weight_decay",
     "adam_weight_decay_text_encoder",
     "dataloader_num_workers",
+    "keep_tokens",
 ]
 
 WARNED: list[tuple[dict[str, Any], str]] = [
     ({"class_data_dir": "dogs"}, "--class_data_dir has no effect"),
     ({"class_prompt": "a dog"}, "--class_prompt has no effect"),
+    ({"prior_source": "base_prediction"}, "--prior_source base_prediction has no effect without"),
+    (FROM_BASE | {"class_data_dir": "dogs"}, "--class_data_dir has no effect with --prior_source"),
     (PRODIGY | {"learning_rate": 1e-4}, "--learning_rate 0.0001 is low for Prodigy"),
     (PRODIGY | {"train_text_encoder": True}, "--text_encoder_lr 5e-06 has no effect with Prodigy"),
     ({"rho": 0}, "plain LoRA"),
@@ -218,7 +243,7 @@ def test_every_stock_flag_is_here_with_its_default() -> None:
     assert all(FLAGS[name].departure for name in OTHER_DEFAULTS)
 
 
-@pytest.mark.parametrize("flag", FLAGS.values(), ids=str)
+@pytest.mark.parametrize("flag", FLAGS.values(), ids=lambda flag: flag.name)
 def test_a_flag_says_what_it_is(flag: Any) -> None:
     assert flag.kind in (bool, int, float, str)
     assert flag.group in GROUPS

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from bilora_diffusion.data import dreambooth
+from bilora_diffusion.data.captions import CaptionRule
 from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset, Row, Shuffled, flatten
 from bilora_diffusion.data.images import SUFFIXES, resize
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
@@ -373,7 +374,7 @@ def test_each_epoch_shows_each_picture_exactly_repeats_times(count: int, repeats
 
 def test_a_row_depends_on_the_seed_and_the_draw_alone() -> None:
     one, other, reseeded = (
-        dataset_of(random_flip=True, caption_dropout=0.3, class_pictures=pictures_in_memory(3), seed=seed)
+        dataset_of(random_flip=True, captions=CaptionRule(0.3), class_pictures=pictures_in_memory(3), seed=seed)
         for seed in (7, 7, 8)
     )
     forwards = [one[draw] for draw in range(12)]
@@ -500,12 +501,12 @@ def test_class_pictures_do_not_change_the_instance_rows() -> None:
 
 
 def test_caption_dropout() -> None:
-    dataset = dataset_of(caption_dropout=0.25, class_pictures=pictures_in_memory(3, kind="class"))
+    dataset = dataset_of(captions=CaptionRule(0.25), class_pictures=pictures_in_memory(3, kind="class"))
     rows = [dataset.describe(draw) for draw in range(1000)]
     dropped = {instance.draw for instance, _ in rows if instance.prompt == ""}
     assert 200 < len(dropped) < 300
     assert all(prior.prompt for _, prior in rows)
-    never, always = dataset_of(), dataset_of(caption_dropout=1.0)
+    never, always = dataset_of(), dataset_of(captions=CaptionRule(1.0))
     assert all(never.describe(draw)[0].prompt for draw in range(50))
     assert not any(always.describe(draw)[0].prompt for draw in range(50))
 
@@ -514,7 +515,7 @@ def test_prompts() -> None:
     pictures = pictures_in_memory(2) * 2
     prior = [Picture.read("c", Image.new("RGB", (20, 20)), "a dog")] * 3
     assert dataset_of(instances=pictures).prompts() == ["a dog 0", "a dog 1"]
-    full = dataset_of(instances=pictures, class_pictures=prior, caption_dropout=0.1)
+    full = dataset_of(instances=pictures, class_pictures=prior, captions=CaptionRule(0.1))
     assert full.prompts() == ["a dog 0", "a dog 1", "a dog", ""]
     assert {row.prompt for draw in range(200) for row in full.describe(draw)} == set(full.prompts())
 
@@ -550,12 +551,8 @@ def test_the_variants_are_all_that_rows_can_show(
     known = dict(variants)
     assert len(known) == len(variants) == 5 * (2 if random_flip else 1)
     for row in flatten(dataset[draw] for draw in range(30)):
-        assert torch.equal(row.pixels, known[row.key].pixels)
-        assert (row.original_size, row.crop_top_left) == (
-            known[row.key].original_size,
-            known[row.key].crop_top_left,
-        )
-        assert row.flipped == known[row.key].flipped
+        assert row.view == known[row.key]
+        assert torch.equal(row.pixels, dataset.pixels(*row.key[:2], known[row.key]))
 
 
 def test_a_class_picture_that_must_be_cropped_prevents_the_cache() -> None:
@@ -567,7 +564,7 @@ def test_without_decoding_the_rows_are_the_same_and_no_file_is_opened(tmp_path: 
     for number in range(3):
         save(tmp_path / f"{number}.png", 24 + number)
     pictures, _ = find_pictures(tmp_path, instance_prompt="x")
-    options = {"instances": pictures, "random_flip": True, "caption_dropout": 0.2}
+    options = {"instances": pictures, "random_flip": True, "captions": CaptionRule(0.2)}
     whole = [dataset_of(**options)[draw] for draw in range(20)]
     for path in tmp_path.glob("*.png"):
         path.unlink()

@@ -29,7 +29,8 @@ from whole_run import (
     words,
 )
 
-from bilora_diffusion import prior, sampling
+from bilora_diffusion import initialisation, prior, sampling
+from bilora_diffusion.randomness import stream_seed
 from bilora_diffusion.training import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "loss_gap_steps": 2,
         **SMALL,
     },
+    "base prediction": {"with_prior_preservation": True, "prior_source": "base_prediction", **SMALL},
 }
 
 
@@ -101,6 +103,29 @@ def test_two_with_batch_1_are_one_with_batch_2(kind: str, pictures: Path, class_
     assert "Traceback" not in children[1].log.read_text() and "/4" not in children[1].log.read_text()
     assert "x 2 processes" in (two / "README.md").read_text()
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+
+
+@forking
+def test_two_share_one_start(pictures: Path, tmp_path: Path) -> None:
+    flags = {"method": "lora", "init_lora_weights": "pissa_niter_1", "checkpointing_steps": 4, **SMALL}
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(pictures, one, train_batch_size=2, **flags)
+
+    def main_with_rounding_of_its_own(rank: int) -> int:
+        if rank == 1:  # as another processor's linear algebra would have, only more of it
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(initialisation, "stream_seed", lambda seed, *stream: stream_seed(seed + 1, *stream))
+                return main(words(pictures, two, train_batch_size=1, **flags))
+        return main(words(pictures, two, train_batch_size=1, **flags))
+
+    children = ranks(2, main_with_rounding_of_its_own, tmp_path / "logs of ranks")
+    assert [child.wait() for child in children] == [0, 0], [child.log.read_text() for child in children]
+    starts = [load_file(folder / "checkpoint-4" / "factors.safetensors") for folder in (one, two)]
+    first, second = ({k: v for k, v in tensors.items() if k.startswith("start.")} for tensors in starts)
+    assert all_equal(first, second)
+    # Had they begun apart, the gradients of the second would be those of another model.
+    assert difference(*starts) < 1e-3
+    assert summary(two)["losses"] == pytest.approx(summary(one)["losses"], rel=1e-4)
 
 
 @forking

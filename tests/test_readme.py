@@ -63,6 +63,11 @@ def test_training_commands_run(command: str, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
+@pytest.mark.parametrize("command", commands((ROOT / "docs" / "data.md").read_text()))
+def test_the_commands_of_the_data_page_are_understood(command: str) -> None:
+    assert parse(words_after_script(command)).warnings() == []
+
+
 EMBEDDED_SNIPPET, SDXL_SNIPPET = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

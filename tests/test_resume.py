@@ -31,6 +31,7 @@ from whole_run import (
     words,
 )
 
+from bilora_diffusion import assembly
 from bilora_diffusion.checkpoint import (
     Checkpoint,
     checkpoints,
@@ -64,8 +65,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "flat-lora": {"method": "flat-lora", "sigma": 0.3, "ema_decay": 0.9, "loraplus_lr_ratio": 4.0, **SMALL},
     "looksam": {"method": "looksam", "rho": 0.5, "looksam_every": 3, **SMALL},
     "bilora-fresh": {"method": "bilora-fresh", "rho": 0.5, "ascent_every": 2, "sigma": 0.2, **SMALL},
+    "base prediction": {
+        "with_prior_preservation": True,
+        "prior_source": "base_prediction",
+        "class_prompt": "a picture",
+        "lora_dropout": 0.2,
+        **SMALL,
+    },
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "ascent": "normalized", **SMALL},
     "dora": {"method": "lora", "use_dora": True, "lora_layers": "to_q,ff.net.0.proj"},
+    "pissa": {"method": "bilora", "init_lora_weights": "pissa_niter_2", "ema_decay": 0.9, **SMALL},
+    "lora-ga": {"method": "flat-lora", "init_lora_weights": "lora_ga", "sigma": 0.3, **SMALL},
     "fp16": {"mixed_precision": "fp16", "center_crop": True, **SMALL},
     "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True, **SMALL},
 }
@@ -124,6 +134,19 @@ def test_a_resumed_run_gives_the_same_tensors(kind: str, pictures: Path, tmp_pat
     assert not all_equal(lora(parts), lora(whole))
     train(pictures, parts, resume_from_checkpoint="latest", **flags)
     assert_same_run(whole, parts, 4)
+
+
+def test_a_resumed_run_takes_its_start_from_the_checkpoint(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    flags = {"method": "lora", "init_lora_weights": "olora", "checkpointing_steps": 2, "center_crop": True, **SMALL}
+    whole = train(pictures, tmp_path / "run", **flags)
+    monkeypatch.setattr(assembly, "fill_start", None)  # would fail if it were called
+    assert all_equal(whole, train(pictures, tmp_path / "run", resume_from_checkpoint="checkpoint-2", **flags))
+    (tmp_path / "run" / "checkpoint-2" / "factors.safetensors").unlink()
+    capsys.readouterr()
+    line = refusal(words(pictures, tmp_path / "run", resume_from_checkpoint="checkpoint-2", **flags), capsys)
+    assert "checkpoint-2 holds other layers than this run trains" in line
 
 
 def test_a_run_resumed_twice_and_with_class_pictures(pictures: Path, class_pictures: Path, tmp_path: Path) -> None:
@@ -255,6 +278,7 @@ def test_a_checkpoint_that_is_not_there(finished: Path, pictures: Path, capsys: 
         ({"auxiliary_rank": 3}, "--auxiliary_rank 2"),
         ({"ascent": "sgd"}, "--ascent adamw"),
         ({"use_dora": True}, "--use_dora False"),
+        ({"init_lora_weights": "pissa"}, "--init_lora_weights gaussian"),
         ({"optimizer": "prodigy", "auxiliary_learning_rate": 0.1}, "--optimizer AdamW"),
         ({"rho": 0}, "layers"),
     ],

@@ -35,7 +35,7 @@ from whole_run import (
     words,
 )
 
-from bilora_diffusion import finishing, run, sampling
+from bilora_diffusion import assembly, finishing, run, sampling
 from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.batches import TrainingMicroBatch
 from bilora_diffusion.data.dreambooth import DreamBoothDataset
@@ -419,6 +419,15 @@ def test_continuing_from_a_lora(name: str, alpha: int, full: Path, pictures: Pat
     assert difference(strengths(lora(full), 2.0), strengths(begun, 1.1 * alpha / 2)) > 0.05
 
 
+@pytest.mark.parametrize("name", [LORA_FILE, KOHYA_FILE])
+def test_continuing_from_the_change_since_a_start(name: str, pictures: Path, tmp_path: Path, quick: None) -> None:
+    """It is an ordinary LoRA, of twice the rank."""
+    started = train(pictures, tmp_path / "one", method="lora", init_lora_weights="pissa", **SMALL)
+    flags = {"learning_rate": 0, "max_train_steps": 1, "rank": 4, "lora_alpha": 8, **SMALL}
+    begun = train(pictures, tmp_path / "two", method="lora", init_lora_from=tmp_path / "one" / name, **flags)
+    assert difference(strengths(started, 2.0), strengths(begun, 2.0)) < 1e-6
+
+
 def test_what_does_not_fit_a_lora_is_refused(
     full: Path, pictures: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture
 ) -> None:
@@ -627,6 +636,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp16": {"mixed_precision": "fp16", "train_text_encoder": True},
     "bf16 dora": {"mixed_precision": "bf16", "use_dora": True, **SMALL},
     "gradient checkpointing": {"gradient_checkpointing": True, "train_text_encoder": True},
+    "bf16 pissa": {"mixed_precision": "bf16", "init_lora_weights": "pissa", "ema_decay": 0.9, **SMALL},
+    "fp16 lora_ga": {
+        "mixed_precision": "fp16",
+        "init_lora_weights": "lora_ga",
+        "gradient_checkpointing": True,
+        **SMALL,
+    },
     "dora": {"use_dora": True, "method": "lora", **SMALL},
     "bilora dora": {"use_dora": True, "train_text_encoder": True, **SMALL},
     "other layers": {"lora_layers": "to_q,ff.net.0.proj,ff.net.2,conv1"},
@@ -644,6 +660,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "GRADIENT_ROWS", 4)
     flags = {"max_train_steps": 2, "train_batch_size": 2, "loss_gap_steps": 1, **OPTIONS[name]}
     tensors = train(pictures, tmp_path / "run", **flags)
     assert all(tensor.isfinite().all() for tensor in tensors.values())

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, adapted_layers, low_rank_layers, parameters_of
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, START, LowRank, adapted_layers, low_rank_layers, parameters_of
 from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures
 from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.bases.tiny import build_tiny_random
@@ -104,7 +104,7 @@ class TinyRun:
             f"{part}.{name}": tensor.detach().clone()
             for part, model in self.parts.models.items()
             for name, tensor in model.state_dict().items()
-            if not {PRIMARY, AUXILIARY} & set(name.split("."))
+            if not {PRIMARY, START, AUXILIARY} & set(name.split("."))
         }
 
     @property
@@ -125,13 +125,20 @@ class Builder:
         self.folders = {"instance_data_dir": str(pictures), "class_data_dir": str(class_pictures)}
         self.tiny = build_tiny_random()
 
-    def __call__(self, method: str = "bilora", precision: str = "no", seed: int = 0, **flags: Any) -> TinyRun:
+    def __call__(
+        self,
+        method: str = "bilora",
+        precision: str = "no",
+        seed: int = 0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        **flags: Any,
+    ) -> TinyRun:
         changes = {**DEFAULTS, **flags, "method": method, "mixed_precision": precision}
         if changes.get("with_prior_preservation"):
             changes = {"class_prompt": "a picture", "num_class_images": 3, **changes}
             changes["class_data_dir"] = self.folders["class_data_dir"]
         config = TrainingConfig(**{"instance_data_dir": self.folders["instance_data_dir"], **changes})
-        machine = Machine(torch.device("cpu"), DTYPES[precision], 0, 1, lambda: None)
+        machine = Machine(device, DTYPES[precision], 0, 1, lambda: None)
         pictures, _ = read_pictures(config)
         with mock.patch.object(Base, "load", lambda _, *parts, dtype=torch.float32: self._copy(parts, dtype)):
             parts = assemble(config, machine, pictures, seed=seed, steps_of=lambda _: config.max_train_steps)

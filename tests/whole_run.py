@@ -22,7 +22,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bilora_diffusion import finishing, previews, run, sampling
+from bilora_diffusion import assembly, finishing, previews, run, sampling
 from bilora_diffusion.cli import main
 from bilora_diffusion.lora_files.verification import strip_adapters
 
@@ -66,7 +66,7 @@ def train(pictures: Path, output: Path, **flags: Any) -> dict[str, Tensor]:
 
 
 def quicken(monkeypatch: pytest.MonkeyPatch, verify: bool = False, denoising_steps: int = 2) -> None:
-    """Leaves the reload of the files out (which has its own tests) and draws pictures in few steps."""
+    """Leaves the reload of the files out (which has its own tests), and draws pictures and gradients in few steps."""
 
     def strip(files: list[Path], parts: Any) -> list[dict[str, Any]]:
         for model in parts.models.values():
@@ -80,6 +80,7 @@ def quicken(monkeypatch: pytest.MonkeyPatch, verify: bool = False, denoising_ste
     if not verify:
         monkeypatch.setattr(finishing, "_verify", strip)
     monkeypatch.setattr(previews, "sample_pictures", sample)
+    monkeypatch.setattr(assembly, "GRADIENT_ROWS", 4)
 
 
 class StopAfter:

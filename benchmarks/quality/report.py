@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.plan import Configuration
+from bilora_diffusion.paired import half_width
 
 __all__ = ["PICTURE_MEASURES", "at_best", "chosen", "report"]
 
 CHOOSING_SEED = 0
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
-"""Student's t of a 95 % interval, by the number of seeds."""
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
@@ -64,7 +63,8 @@ INTRODUCTION = [
     "Written by `python -m benchmarks.quality report`. A LoRA of rank 4 on the UNet of the embedded base, 23 3D icons, "
     "batch 4, 400 steps; for one seed all runs see the same icons, noise and timesteps, so differences to LoRA are "
     "paired. Losses are means over fixed draws: of 3D icons that were never trained on (validation names to choose "
-    "by, test names to report), of the 23 (training), and of flat icons (what is forgotten).",
+    "by, test names to report), of the 23 (training), and of flat icons (what is forgotten). Where a candidate is "
+    "missing below it was not run. The times are of a shared machine: [speed.md](speed.md) has what a step costs.",
 ]
 
 
@@ -242,5 +242,4 @@ def _interval(values: Sequence[float], digits: int) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:+.{digits}f}"
-    half = T_95.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.{digits}f} +- {half:.{digits}f}"
+    return f"{mean:+.{digits}f} +- {half_width(values):.{digits}f}"

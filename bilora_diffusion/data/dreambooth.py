@@ -1,13 +1,13 @@
 """2-> Instance and class (prior) pictures with their captions, and which of them each draw of the run shows.
 
 A draw is the number of an instance row since the run began, over all processes and micro-batches. Everything
-about a row (picture, crop, flip, caption dropout) follows from the seed and its draw. So a crop is new each
+about a row (picture, crop, flip, what is done to its caption) follows from the seed and its draw. So a crop is new each
 time a picture is seen, a resumed run starts at its next draw without saved state, and two processes with
 batch b read the rows of one with batch 2b.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from bilora_diffusion.data.images import Prepared, View, draw_view, render, resize, resized_size
+from bilora_diffusion.data.buckets import BucketOrder, nearest_bucket
+from bilora_diffusion.data.captions import CaptionRule
+from bilora_diffusion.data.images import View, draw_view, render, resize, resized_size
+from bilora_diffusion.data.masks import render_mask
 from bilora_diffusion.data.pictures import Picture
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.randomness import generator
@@ -54,14 +57,16 @@ class Row:
     """One row of a batch.
 
     Attributes:
-        pixels: (3, R, R), float32 in [-1, 1]; None when the data set does not decode.
+        pixels: (3, H, W), float32 in [-1, 1]; None when the data set does not decode.
+        mask: (H, W), float32, the weight of each pixel in the loss; None where all weigh the same, or as `pixels`.
         original_size: (height, width) in px of this very picture, upright, before resizing.
         crop_top_left: (y, x) in px, in the resized and, if `flipped`, mirrored picture.
-        prompt: its caption, or "" where caption dropout struck.
+        prompt: its caption, as the `CaptionRule` makes it for this draw.
         is_class: a class (prior) picture.
         picture: its number among the instance or the class pictures.
         flipped: mirrored left to right.
         draw: which draw of the run it is of; an instance row and its class row share it.
+        target: (height, width) in px of what is shown.
     """
 
     pixels: torch.Tensor | None
@@ -72,6 +77,8 @@ class Row:
     picture: int
     flipped: bool
     draw: int
+    target: tuple[int, int]
+    mask: torch.Tensor | None = None
 
     @property
     def key(self) -> VariantKey:
@@ -94,11 +101,14 @@ class DreamBoothDataset(Dataset[list[Row]]):
     Arguments:
         instances: the pictures to learn.
         class_pictures: for prior preservation; None without it.
-        resolution: R, side of the square in px.
+        resolution: side of the square in px.
+        buckets: (height, width) to show pictures at in place of the square, each at the nearest, those of a batch at
+            the same; not with class pictures. None: the square.
+        batch_size: instance rows in a micro-batch; matters with buckets only.
         center_crop, random_flip, interpolation: see `images.prepare`.
         seed: the run's seed.
         repeats: how often an epoch shows each instance picture.
-        caption_dropout: share of instance rows, in [0, 1], whose prompt is "".
+        captions: what is done to the captions of instance rows; unset: nothing.
         decode: False leaves `Row.pixels` None and opens no file (latents are cached). May be set later,
             before a DataLoader starts its workers.
     """
@@ -114,13 +124,17 @@ class DreamBoothDataset(Dataset[list[Row]]):
         interpolation: str = "lanczos",
         seed: int,
         repeats: int = 1,
-        caption_dropout: float = 0.0,
+        captions: CaptionRule | None = None,
+        buckets: Sequence[tuple[int, int]] | None = None,
+        batch_size: int = 1,
         decode: bool = True,
     ) -> None:
         if not instances:
             raise ValueError("a data set needs at least one instance picture")
         if class_pictures is not None and not class_pictures:
             raise ValueError("prior preservation needs at least one class picture (None: without it)")
+        if buckets and class_pictures:
+            raise ValueError("class pictures are squares: they do not go with buckets")
         self.instances = tuple(instances)
         self.class_pictures = tuple(class_pictures or ())
         self.resolution = resolution
@@ -128,23 +142,32 @@ class DreamBoothDataset(Dataset[list[Row]]):
         self.random_flip = random_flip
         self.interpolation = interpolation
         self.seed = seed
-        self.caption_dropout = caption_dropout
+        self.captions = captions or CaptionRule()
         self.decode = decode
+        self._targets = [
+            nearest_bucket(picture.size, buckets) if buckets else (resolution, resolution) for picture in self.instances
+        ]
+        self._buckets = BucketOrder(self._targets, batch_size, repeats, seed) if buckets else None
         self._length = max(len(self.instances) * repeats, len(self.class_pictures))
-        self._order = Shuffled(len(self), seed, "order")
+        self._order = Shuffled(self._length, seed, "order")
         self._class_order = Shuffled(len(self.class_pictures), seed, "class order")
-        self._kept: dict[tuple[bool, int], Image.Image] = {}
+        self._kept: dict[tuple[bool, int, str], Image.Image] = {}
         self._kept_bytes = 0
 
     def __len__(self) -> int:
-        """Draws in an epoch: instance pictures x repeats or, if that is more, class pictures."""
-        return self._length
+        """Draws in an epoch: instance pictures x repeats or, if that is more, class pictures. See `BucketOrder` too."""
+        return self._length if self._buckets is None else len(self._buckets)
+
+    @property
+    def rows_in(self) -> Callable[[int], int] | None:
+        """Gives the number of instance rows in a batch, counted since the run began; None: all are whole."""
+        return None if self._buckets is None else self._buckets.rows_in
 
     def __getitem__(self, draw: int) -> list[Row]:
         rows = self.describe(draw)
         if not self.decode:
             return rows
-        return [replace(row, pixels=self._pixels(row.is_class, row.picture, row.view)) for row in rows]
+        return [self._decoded(row) for row in rows]
 
     def stop_decoding(self) -> None:
         """From now on rows come without pixels; pictures kept in memory are let go."""
@@ -158,7 +181,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         Raises:
             IndexError: `draw` is negative.
         """
-        index = self._order[draw] % len(self.instances)
+        index = self._order[draw] % len(self.instances) if self._buckets is None else self._buckets[draw]
         rows = [self._row(self.instances[index], False, index, draw)]
         if self.class_pictures:
             index = self._class_order[draw]
@@ -170,10 +193,13 @@ class DreamBoothDataset(Dataset[list[Row]]):
         """Each picture has one crop, hence at most two variants (as it is, mirrored) worth keeping as
         latents.
         """
-        sizes = (resized_size(picture.size, self.resolution) for _, _, picture in self._all_pictures())
-        return self.center_crop or all(height == width for height, width in sizes)
+        return self.center_crop or all(
+            resized_size(picture.size, target) == target
+            for is_class, index, picture in self._all_pictures()
+            for target in (self.target(is_class, index),)
+        )
 
-    def variants(self) -> Iterator[tuple[VariantKey, Prepared]]:
+    def variants(self) -> Iterator[tuple[VariantKey, View]]:
         """What the rows of a `cacheable` data set can show, each once, under the `Row.key` of those rows.
 
         Raises:
@@ -182,18 +208,20 @@ class DreamBoothDataset(Dataset[list[Row]]):
         if not self.cacheable:
             raise ValueError("crops differ from draw to draw: nothing can be cached")
         for is_class, index, picture in self._all_pictures():
-            view = self._view(picture, generator(0))  # of one crop only, so the numbers drawn do not matter
+            view = self._view(
+                picture, self.target(is_class, index), generator(0)
+            )  # of one crop only, so the numbers drawn do not matter
             for flipped in (False, True) if self.random_flip else (False,):
-                pixels = self._pixels(is_class, index, replace(view, flipped=flipped))
-                yield (
-                    (is_class, index, flipped),
-                    Prepared(pixels, view.original_size, view.crop_top_left, flipped),
-                )
+                yield (is_class, index, flipped), replace(view, flipped=flipped)
 
     def prompts(self) -> list[str]:
-        """Every prompt a row can have, each once; with caption dropout "" is one."""
-        captions = [picture.caption for _, _, picture in self._all_pictures()]
-        return list(dict.fromkeys(captions + [""] * (self.caption_dropout > 0)))
+        """Every prompt a row can have but those with shuffled tags, each once; with caption dropout "" is one."""
+        captions = [
+            picture.caption
+            for is_class, _, picture in self._all_pictures()
+            if is_class or not self.captions.changes_order_of(picture.caption)
+        ]
+        return list(dict.fromkeys(captions + [""] * (self.captions.dropout > 0)))
 
     def _all_pictures(self) -> Iterator[tuple[bool, int, Picture]]:
         for is_class, pictures in ((False, self.instances), (True, self.class_pictures)):
@@ -202,34 +230,63 @@ class DreamBoothDataset(Dataset[list[Row]]):
 
     def _row(self, picture: Picture, is_class: bool, index: int, draw: int) -> Row:
         purpose = "class augmentation" if is_class else "augmentation"
-        view = self._view(picture, generator(self.seed, purpose, draw))
-        prompt = "" if not is_class and self._drops_caption(draw) else picture.caption
-        return Row(None, view.original_size, view.crop_top_left, prompt, is_class, index, view.flipped, draw)
+        target = self.target(is_class, index)
+        view = self._view(picture, target, generator(self.seed, purpose, draw))
+        prompt = picture.caption if is_class else self.captions(picture.caption, self.seed, draw)
+        return Row(None, view.original_size, view.crop_top_left, prompt, is_class, index, view.flipped, draw, target)
 
-    def _view(self, picture: Picture, random: torch.Generator) -> View:
-        return draw_view(picture.size, self.resolution, self.center_crop, self.random_flip, random)
+    def _view(self, picture: Picture, target: tuple[int, int], random: torch.Generator) -> View:
+        return draw_view(picture.size, target, self.center_crop, self.random_flip, random)
 
-    def _drops_caption(self, draw: int) -> bool:
-        random = generator(self.seed, "caption dropout", draw)
-        return torch.rand((), generator=random).item() < self.caption_dropout
+    def picture(self, is_class: bool, index: int) -> Picture:
+        return (self.class_pictures if is_class else self.instances)[index]
 
-    def _pixels(self, is_class: bool, index: int, view: View) -> torch.Tensor:
-        return render(self._resized(is_class, index), view, self.resolution)
+    def target(self, is_class: bool, index: int) -> tuple[int, int]:
+        """(height, width) in px that a picture is shown at."""
+        return (self.resolution, self.resolution) if is_class else self._targets[index]
+
+    def pixels(self, is_class: bool, index: int, view: View) -> torch.Tensor:
+        """(3, H, W), float32 in [-1, 1]: what a view shows of a picture.
+
+        Raises:
+            UserError: the picture cannot be read, or is another than it was.
+        """
+        resized = self._kept_as((is_class, index, "pixels"), self._resized)
+        return render(resized, view, self.target(is_class, index))
+
+    def mask(self, is_class: bool, index: int, view: View) -> torch.Tensor | None:
+        """(H, W), float32: the weights of those pixels in the loss; None where all weigh the same. Errors as above."""
+        if self.picture(is_class, index).mask is None:
+            return None
+        resized = self._kept_as((is_class, index, "mask"), self._resized_mask)
+        return render_mask(resized, view, self.target(is_class, index))
+
+    def _decoded(self, row: Row) -> Row:
+        shown = row.is_class, row.picture, row.view
+        return replace(row, pixels=self.pixels(*shown), mask=self.mask(*shown))
+
+    def _kept_as(self, key: tuple[bool, int, str], make: Callable[[bool, int], Image.Image]) -> Image.Image:
+        # A photo takes 0.1 s and more to decode and resize, and a few photos are shown again and again.
+        if key in self._kept:
+            return self._kept[key]
+        image = make(*key[:2])
+        size_bytes = len(image.getbands()) * image.width * image.height
+        if self._kept_bytes + size_bytes <= _KEPT_BYTES:
+            self._kept[key] = image
+            self._kept_bytes += size_bytes
+        return image
 
     def _resized(self, is_class: bool, index: int) -> Image.Image:
-        # A photo takes 0.1 s and more to decode and resize, and a few photos are shown again and again.
-        if (is_class, index) in self._kept:
-            return self._kept[is_class, index]
-        picture = (self.class_pictures if is_class else self.instances)[index]
+        picture = self.picture(is_class, index)
         image = picture.load()
         if (image.height, image.width) != picture.size:
             raise UserError(f"{picture.name} changed while the run was using it: start the run again")
-        resized = resize(image, self.resolution, self.interpolation)
-        size_bytes = 3 * resized.width * resized.height
-        if self._kept_bytes + size_bytes <= _KEPT_BYTES:
-            self._kept[is_class, index] = resized
-            self._kept_bytes += size_bytes
-        return resized
+        return resize(image, self.target(is_class, index), self.interpolation)
+
+    def _resized_mask(self, is_class: bool, index: int) -> Image.Image:
+        picture = self.picture(is_class, index)
+        height, width = resized_size(picture.size, self.target(is_class, index))
+        return picture.load_mask().resize((width, height), Image.Resampling.BOX)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}  # workers decode for themselves
@@ -244,17 +301,30 @@ class DrawBatches(Sampler[list[int]]):
 
     Arguments:
         start: the first draw; of a resumed run, the number of draws done.
+        rows_in: gives the rows of a batch by its number since the run began, where batches can be smaller (buckets):
+            such a batch has the first of its `batch_size` draws. A start inside a batch is moved to the next one.
     """
 
-    def __init__(self, start: int = 0, *, rank: int = 0, world_size: int = 1, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        start: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 1,
+        rows_in: Callable[[int], int] | None = None,
+    ) -> None:
         if start < 0 or batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"no such batches: {start=} {rank=} {world_size=} {batch_size=}")
-        self.start, self.rank, self.world_size, self.batch_size = start, rank, world_size, batch_size
+        self.start = start if rows_in is None else -(-start // batch_size) * batch_size
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self.rows_in = rows_in
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.start + self.rank * self.batch_size
         for batch in itertools.count(first, self.world_size * self.batch_size):
-            yield list(range(batch, batch + self.batch_size))
+            rows = self.batch_size if self.rows_in is None else self.rows_in(batch // self.batch_size)
+            yield list(range(batch, batch + rows))
 
 
 def flatten(rows_of_draws: Iterable[list[Row]]) -> list[Row]:

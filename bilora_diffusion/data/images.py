@@ -10,6 +10,7 @@ arXiv:2307.01952, section 2.2.
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,13 @@ __all__ = [
     "SMALLEST_SIDE_PX",
     "SUFFIXES",
     "Prepared",
+    "Resolution",
     "Source",
     "View",
     "draw_view",
+    "load_alpha",
     "load_image",
+    "load_mask",
     "prepare",
     "render",
     "resize",
@@ -37,6 +41,9 @@ __all__ = [
 ]
 
 Source = Path | bytes | Image.Image
+
+Resolution = int | tuple[int, int]
+"""Of what the model sees: the side of a square, or (height, width), in px."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff") + ((".avif",) if features.check("avif") else ())
 """File name endings taken for pictures, in lower case; compare without regard to case."""
@@ -97,17 +104,7 @@ def load_image(source: Source, name: str | None = None) -> Image.Image:
         UserError: it cannot be read to its end, or a side is under `SMALLEST_SIDE_PX`. The message names it.
     """
     name = name or (str(source) if isinstance(source, Path) else "a picture")
-    # Decoders of damaged files raise whatever they stumble on (OSError, SyntaxError, struct.error ...).
-    try:
-        if isinstance(source, Image.Image):
-            image = _upright_rgb(source)
-        else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-                image = _upright_rgb(opened)
-    except FileNotFoundError as error:
-        raise UserError(f"{name} is missing: there is no file {error.filename}") from error
-    except Exception as error:
-        raise UserError(f"{name} cannot be read as a picture ({_reason(error)}): replace or remove it") from error
+    image = _read(source, name, _rgb)
     if min(image.size) < SMALLEST_SIDE_PX:
         raise UserError(
             f"{name} is too small, {image.width} x {image.height} px (width x height): each side needs at "
@@ -116,16 +113,56 @@ def load_image(source: Source, name: str | None = None) -> Image.Image:
     return image
 
 
-def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(height, width) in px once the shorter side is `resolution`; torchvision's rounding (down)."""
+def load_alpha(source: Source, name: str) -> Image.Image:
+    """How opaque a picture is, upright, as 8-bit grey: 255 all over where it has no transparency.
+
+    Raises:
+        UserError: as `load_image`.
+    """
+    return _read(source, name, _alpha)
+
+
+def load_mask(source: Source, name: str) -> Image.Image:
+    """A mask, upright, as 8-bit grey; what is transparent in it counts as black.
+
+    Raises:
+        UserError: as `load_image`.
+    """
+    return _read(source, name, _grey_on_black)
+
+
+def _read(source: Source, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """A picture to its last byte, converted and turned upright."""
+    # Decoders of damaged files raise whatever they stumble on (OSError, SyntaxError, struct.error ...).
+    try:
+        if isinstance(source, Image.Image):
+            return _upright(source, convert)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            return _upright(opened, convert)
+    except FileNotFoundError as error:
+        raise UserError(f"{name} is missing: there is no file {error.filename}") from error
+    except Exception as error:
+        raise UserError(f"{name} cannot be read as a picture ({_reason(error)}): replace or remove it") from error
+
+
+def resized_size(size: tuple[int, int], resolution: Resolution) -> tuple[int, int]:
+    """(height, width) in px of the smallest size that holds `resolution`: for a square, the shorter side is its side.
+
+    Torchvision's rounding (down), but never below `resolution`.
+    """
     height, width = size
-    if height <= width:
-        return resolution, int(resolution * width / height)
-    return int(resolution * height / width), resolution
+    to_height, to_width = _sides(resolution)
+    if height * to_width <= width * to_height:
+        return to_height, max(to_width, int(to_height * width / height))
+    return max(to_height, int(to_width * height / width)), to_width
+
+
+def _sides(resolution: Resolution) -> tuple[int, int]:
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 def draw_view(
-    size: tuple[int, int], resolution: int, center_crop: bool, random_flip: bool, generator: torch.Generator
+    size: tuple[int, int], resolution: Resolution, center_crop: bool, random_flip: bool, generator: torch.Generator
 ) -> View:
     """Where to cut a picture of (height, width) `size` px, and whether to mirror it first (one time in two).
 
@@ -133,7 +170,7 @@ def draw_view(
     as they were.
     """
     flip, *shares = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    spare = [side - resolution for side in resized_size(size, resolution)]
+    spare = [have - need for have, need in zip(resized_size(size, resolution), _sides(resolution), strict=True)]
     if center_crop:
         y, x = (round(px / 2) for px in spare)
     else:
@@ -141,8 +178,8 @@ def draw_view(
     return View(original_size=size, crop_top_left=(y, x), flipped=random_flip and flip < 0.5)
 
 
-def resize(image: Image.Image, resolution: int, interpolation: str) -> Image.Image:
-    """The picture with its shorter side at `resolution` px.
+def resize(image: Image.Image, resolution: Resolution, interpolation: str) -> Image.Image:
+    """The picture in its `resized_size`.
 
     Raises:
         UserError: `interpolation` is not one of `INTERPOLATIONS`.
@@ -154,14 +191,15 @@ def resize(image: Image.Image, resolution: int, interpolation: str) -> Image.Ima
     return F.resize(image, list(size), interpolation=INTERPOLATIONS[interpolation])
 
 
-def render(resized: Image.Image, view: View, resolution: int) -> torch.Tensor:
-    """Pixels (3, R, R), float32 in [-1, 1], that `view` shows of a picture from `resize`: mirror, then
+def render(resized: Image.Image, view: View, resolution: Resolution) -> torch.Tensor:
+    """Pixels (3, H, W), float32 in [-1, 1], that `view` shows of a picture from `resize`: mirror, then
     crop.
     """
     if view.flipped:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     y, x = view.crop_top_left
-    values = np.array(resized.crop((x, y, x + resolution, y + resolution)))
+    height, width = _sides(resolution)
+    values = np.array(resized.crop((x, y, x + width, y + height)))
     # Dividing by 255 and then by 0.5 rounds as torchvision's ToTensor and Normalize([0.5], [0.5]) do.
     return torch.from_numpy(values).permute(2, 0, 1).float().contiguous().div_(255).sub_(0.5).div_(0.5)
 
@@ -189,30 +227,55 @@ def prepare(
     return Prepared(pixels, view.original_size, view.crop_top_left, view.flipped)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     image.load()  # to the last byte: a truncated file fails here; TIFF turns itself upright here
-    rgb = _rgb(image)
+    converted = convert(image)
     try:
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged EXIF block is no reason to lose the picture
         turn = None
-    return rgb if turn is None else rgb.transpose(turn)
+    return converted if turn is None else converted.transpose(turn)
+
+
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
+    if _is_deep_grey(image):
         return _rgb_of_deep_grey(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
+    return _on(image, "white") if image.has_transparency_data else image.convert("RGB")
+
+
+def _grey_on_black(image: Image.Image) -> Image.Image:
+    if _is_deep_grey(image):
+        return _rgb_of_deep_grey(image).convert("L")
+    return (_on(image, "black") if image.has_transparency_data else image).convert("L")
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    if not _is_deep_grey(image):
+        opaque = Image.new("L", image.size, 255)
+        return _rgba(image).getchannel("A") if image.has_transparency_data else opaque
+    transparent = image.info.get("transparency")  # a PNG may name one grey as the transparent one
+    return Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8))
+
+
+def _on(image: Image.Image, colour: str) -> Image.Image:
+    ground = Image.new("RGBA", image.size, colour)
+    ground.alpha_composite(_rgba(image))
+    return ground.convert("RGB")
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    """Of a picture with transparency."""
     if image.mode == "La":  # Pillow converts premultiplied grey to LA only
         image = image.convert("LA")
     key = image.info.get("transparency")
     if image.mode == "RGB" and max(key) > 255:  # of a 16-bit PNG, whose pixels Pillow cuts to their high byte
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in key)
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image.convert("RGBA"))
-    return white.convert("RGB")
+    return image.convert("RGBA")
 
 
 def _rgb_of_deep_grey(image: Image.Image) -> Image.Image:

@@ -1,21 +1,25 @@
 """1-> The pictures of a folder or a data set, each decoded once and found usable, with its caption."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from bilora_diffusion.data.images import SUFFIXES, Source, load_image
+from bilora_diffusion.data.images import SUFFIXES, Source, load_alpha, load_image, load_mask
 from bilora_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["DatasetCell", "Picture", "class_pictures", "find_pictures", "pictures_of_dataset"]
+__all__ = ["ALPHA", "DatasetCell", "Picture", "class_pictures", "find_pictures", "pictures_of_dataset"]
+
+ALPHA: Literal["alpha"] = "alpha"
+"""In the place of a mask's file: the mask is the picture's own transparency."""
 
 _UNREAD_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".psd", ".svg")
 """Endings of pictures, not of strays: leaving them out is worth a warning."""
@@ -62,12 +66,14 @@ class Picture:
         source: where its pixels come from.
         caption: the whole prompt, never empty.
         size: (height, width) in px, upright.
+        mask: file that says which part of it counts, or `ALPHA`; None: all of it.
     """
 
     name: str
     source: Source | DatasetCell
     caption: str
     size: tuple[int, int]
+    mask: Path | Literal["alpha"] | None = None
 
     @classmethod
     def read(cls, name: str, source: Source | DatasetCell, caption: str) -> "Picture":
@@ -82,8 +88,46 @@ class Picture:
 
     def load(self) -> Image.Image:
         """The pixels, upright, RGB. Raises UserError as `load_image` does."""
-        source = self.source.read() if isinstance(self.source, DatasetCell) else self.source
-        return load_image(source, self.name)
+        return load_image(self._content(), self.name)
+
+    def digest(self) -> str:
+        """Of the bytes of its file, which are not decoded: 32 hexadecimal digits.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        content = self._content()
+        try:
+            if isinstance(content, Image.Image):
+                content = repr((content.mode, content.size)).encode() + content.tobytes()
+            elif isinstance(content, Path):
+                content = content.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.name} cannot be read: {error.strerror}") from error
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def load_mask(self) -> Image.Image | None:
+        """The mask, 8-bit grey, upright, of the picture's size; None without one.
+
+        Raises:
+            UserError: as `load_image`, or for another size.
+        """
+        if self.mask is None:
+            return None
+        if self.mask == ALPHA:
+            mask, name = load_alpha(self._content(), self.name), self.name
+        else:
+            name = f"the mask {self.mask}"
+            mask = load_mask(self.mask, name)
+        if (mask.height, mask.width) != self.size:
+            raise UserError(
+                f"{name} is {mask.width} x {mask.height} px and the picture {self.name} {self.size[1]} x "
+                f"{self.size[0]} px (width x height): a mask must have its picture's size"
+            )
+        return mask
+
+    def _content(self) -> Source:
+        return self.source.read() if isinstance(self.source, DatasetCell) else self.source
 
 
 def find_pictures(

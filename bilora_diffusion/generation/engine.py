@@ -121,7 +121,7 @@ class Engine:
         pipeline = self.load()
         side = self.native_resolution
         settings = replace(settings, width=settings.width or side, height=settings.height or side)
-        self._use(loras)
+        self.use(loras)
         self._use_scheduler(settings.scheduler)
         drawn = []
         models = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
@@ -158,8 +158,12 @@ class Engine:
                 after_step=after_step,
             )[0]
 
-    def _use(self, loras: Sequence[LoraFile]) -> None:
-        """Switches to these files, loading those that are new or changed and dropping the longest unused."""
+    def use(self, loras: Sequence[LoraFile]) -> None:
+        """Switches to these files, loading those that are new or changed and dropping the longest unused.
+
+        Raises:
+            UserError: a file does not fit the base.
+        """
         pipeline = self.load()
         models = {part: getattr(pipeline, part) for part in PARTS if part != "vae"}
         weights: dict[str, float] = {}

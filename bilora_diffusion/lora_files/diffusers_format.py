@@ -17,8 +17,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, parameters_of
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, START, adapted_layers, parameters_of
 from bilora_diffusion.atomic import write_bytes_atomically
+from bilora_diffusion.lora_files.difference import file_factors
 
 __all__ = ["DIFFUSERS_FILE", "adapter_metadata", "portable_name", "primary_layers", "save_diffusers"]
 
@@ -45,6 +46,8 @@ def portable_name(part: str, module: str) -> str:
 def primary_layers(part: str, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the primary adapter under portable peft names, copied to the CPU in their own dtype.
 
+    Those of its change where it did not begin with zero: see `difference`.
+
     Arguments:
         part: `unet`, `text_encoder` or `text_encoder_2`.
         model: the part itself, out of any wrapper (DDP, torch.compile).
@@ -67,6 +70,9 @@ def primary_layers(part: str, model: nn.Module) -> dict[str, Tensor]:
     expected = set(parameters_of(model, PRIMARY))
     if set(state) != expected or any(AUXILIARY in name for name in state):
         raise ValueError(f"unexpected or lost tensors in the {part}: {sorted(set(state) ^ expected)[:5]}")
+    for name, layer in adapted_layers(model):
+        if START in layer.lora_A:
+            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = file_factors(layer)
     return {
         portable_name(part, name): tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()
     }
@@ -77,6 +83,8 @@ def adapter_metadata(model: nn.Module) -> dict[str, Any]:
     config: LoraConfig = model.peft_config[PRIMARY]
     defaults = LoraConfig()
     fields = {name: getattr(config, name) for name in ALWAYS}
+    if START in model.peft_config:
+        fields |= {"r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha}
     for name in WHEN_SET:
         value = getattr(config, name, None)
         if value and value != getattr(defaults, name, None):

@@ -29,8 +29,10 @@ class LoraFacts:
         base: the base's name as it may be shared, see `bases.Base.shared_name`.
         base_hub_id: the base's id on the model hub, None for a local or made-up base.
         method: `bilora`, `lora`, ...
-        rank: r of the primary adapter.
-        alpha: the primary's weight is multiplied by alpha / rank.
+        rank: r of the LoRA in the file.
+        alpha: its weight is multiplied by alpha / rank.
+        init_lora_weights: how the primary began. Where that was not zero, the file holds its change since, and rank
+            and alpha are twice those it was trained with.
         settings: the method's own knobs by the names of their flags, such as `rho` and `auxiliary_rank`.
         rho_relative: rho as a share of the adapted weights' norm, where it is the radius of a ball in their space.
         steps: optimiser steps made.
@@ -42,11 +44,15 @@ class LoraFacts:
         seed: of the run.
         num_images: training pictures, repeats not counted.
         num_class_images: class pictures of prior preservation.
+        prior_prompt: the prompt that was held to the base's own prediction, None if none was.
         batch_size: pictures a process and micro-batch.
         accumulation: micro-batches an optimiser step.
         num_processes: processes that shared a step.
         mixed_precision: `no`, `fp16` or `bf16`.
         min_snr_gamma, noise_offset, caption_dropout: of the loss and the captions, None or 0 = off.
+        shuffle_caption, keep_tokens: whether the captions' tags were shuffled, and how many of them stayed in front.
+        aspect_ratio_buckets: whether pictures were trained at shapes near their own.
+        masked_loss: whether pictures had masks.
         lora_layers: names of the adapted modules of the UNet, if not the attention projections.
         trained_parts: `unet`, `text_encoder`, `text_encoder_2`, as far as they have adapters.
         use_dora: whether the primary is a weight-decomposed adapter.
@@ -63,6 +69,7 @@ class LoraFacts:
     rank: int
     alpha: float
     base_hub_id: str | None = None
+    init_lora_weights: str | None = None
     settings: Mapping[str, float | int | str] = field(default_factory=dict)
     rho_relative: float | None = None
     steps: int | None = None
@@ -75,6 +82,7 @@ class LoraFacts:
     seed: int | None = None
     num_images: int | None = None
     num_class_images: int | None = None
+    prior_prompt: str | None = None
     batch_size: int | None = None
     accumulation: int = 1
     num_processes: int = 1
@@ -82,6 +90,10 @@ class LoraFacts:
     min_snr_gamma: float | None = None
     noise_offset: float | None = None
     caption_dropout: float | None = None
+    shuffle_caption: bool | None = None
+    keep_tokens: int | None = None
+    aspect_ratio_buckets: bool = False
+    masked_loss: bool = False
     lora_layers: Sequence[str] | None = None
     trained_parts: Sequence[str] = ("unet",)
     use_dora: bool = False
@@ -103,6 +115,7 @@ def bilora_metadata(facts: LoraFacts) -> dict[str, str]:
         "method": facts.method,
         "rank": facts.rank,
         "alpha": facts.alpha,
+        "init_lora_weights": facts.init_lora_weights,
         **facts.settings,
         "rho_relative": facts.rho_relative,
         "steps": facts.steps,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion.adapters import PRIMARY, adapted_layers
 from bilora_diffusion.atomic import write_bytes_atomically
+from bilora_diffusion.lora_files.difference import file_rank
 from bilora_diffusion.lora_files.diffusers_format import portable_name, primary_layers
 from bilora_diffusion.lora_files.facts import LoraFacts
 from bilora_diffusion.lora_files.kohya_metadata import kohya_file_bytes
@@ -86,7 +87,7 @@ def save_kohya(
     for part, model in parts.items():
         # From the layers, never the rank: alpha is the strength of the file in every reader.
         alphas = {
-            portable_name(part, name): layer.scaling[PRIMARY] * layer.r[PRIMARY]
+            portable_name(part, name): layer.scaling[PRIMARY] * file_rank(layer)
             for name, layer in adapted_layers(model)
         }
         layers = primary_layers(part, model)

@@ -93,7 +93,10 @@ def _training_metadata(tensors: Mapping[str, Tensor], facts: LoraFacts) -> dict[
         "ss_gradient_accumulation_steps": facts.accumulation,
         "ss_mixed_precision": facts.mixed_precision,
         "ss_seed": facts.seed,
+        "ss_enable_bucket": facts.aspect_ratio_buckets,
         "ss_caption_dropout_rate": facts.caption_dropout,
+        "ss_shuffle_caption": facts.shuffle_caption,
+        "ss_keep_tokens": facts.keep_tokens,
     }
     values = {name: value for name, value in values.items() if value is not None}
     # sd-scripts writes these two also when they are off

@@ -77,6 +77,13 @@ SETTINGS = {
     "bar_strength": "strength of the balancing, in learning rates",
     "bar_schedule": "course of the balancing",
 }
+INITIAL = {
+    "gaussian": "gaussian A, B = 0",
+    "kaiming": "uniform A (Kaiming), B = 0",
+    "pissa": "PiSSA ([arXiv 2404.02948](https://arxiv.org/abs/2404.02948))",
+    "olora": "OLoRA ([arXiv 2406.01775](https://arxiv.org/abs/2406.01775))",
+    "lora_ga": "LoRA-GA ([arXiv 2407.05000](https://arxiv.org/abs/2407.05000))",
+}
 PART_NAMES = {"unet": "the UNet", "text_encoder": "text encoder 1", "text_encoder_2": "text encoder 2"}
 
 
@@ -192,12 +199,15 @@ Give the file a name of your own there; what is inside is the same model as `{DI
 
 def _training(facts: LoraFacts) -> str:
     prior = f" and {facts.num_class_images} class pictures" if facts.num_class_images else ""
+    shapes = ", aspect-ratio buckets" if facts.aspect_ratio_buckets else ""
     rows = {
         "rank / alpha": f"{facts.rank} / {facts.alpha:g}",
+        "initial values": _initial(facts.init_lora_weights),
         **{SETTINGS[name]: _setting(facts, name) for name in SETTINGS if name in facts.settings},
         "adapted modules of the UNet": ", ".join(f"`{name}`" for name in facts.lora_layers or ()) or None,
         "pictures": None if facts.num_images is None else f"{facts.num_images}{prior}",
-        "resolution": f"{facts.resolution} px" if facts.resolution else None,
+        "held to the base's own prediction": None if facts.prior_prompt is None else f"`{facts.prior_prompt}`",
+        "resolution": f"{facts.resolution} px{shapes}" if facts.resolution else None,
         "optimiser steps": facts.steps,
         "pictures a step": _rows_a_step(facts),
         "learning rate": _learning_rate(facts),
@@ -206,6 +216,8 @@ def _training(facts: LoraFacts) -> str:
         "min-SNR gamma": facts.min_snr_gamma,
         "noise offset": facts.noise_offset or None,
         "caption dropout": facts.caption_dropout or None,
+        "captions' tags": f"shuffled, the first {facts.keep_tokens or 0} kept" if facts.shuffle_caption else None,
+        "loss": "masked" if facts.masked_loss else None,
         "prediction type": facts.prediction_type,
         "seed": facts.seed,
         "finished": None if facts.finished_at is None else utc_date(facts.finished_at),
@@ -214,6 +226,14 @@ def _training(facts: LoraFacts) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     method = METHODS.get(facts.method, facts.method)
     return f"Method: {method}.\n\n| | |\n|---|---|\n{table}"
+
+
+def _initial(start: str | None) -> str | None:
+    if start is None or start in ("gaussian", "kaiming"):
+        return start and INITIAL[start]
+    kind, _, iterations = start.partition("_niter_")
+    text = INITIAL[kind] + (f", {iterations} power iterations" if iterations else "")
+    return f"{text}; the file holds the change since, of twice the rank that was trained"
 
 
 def _setting(facts: LoraFacts, name: str) -> str:

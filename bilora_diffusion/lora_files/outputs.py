@@ -32,7 +32,7 @@ def record_outputs(models: Mapping[str, nn.Module]) -> Outputs:
     """
     outputs: Outputs = {}
     for part, model in models.items():
-        with _evaluation_mode(model):
+        with _evaluation_mode(model), _full_precision():
             if part == "unet":
                 outputs["unet"] = _as_float(_unet_output(model))
             else:
@@ -62,6 +62,17 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Inside, no TF32: a start that is added and taken away cancels to the rounding of the products."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 def _unet_output(unet: nn.Module) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, adapted_layers
+from bilora_diffusion.lora_files.difference import file_factors
 from bilora_diffusion.lora_files.diffusers_format import portable_name
 from bilora_diffusion.lora_files.kohya import has_kohya_keys, kohya_tensors
 from bilora_diffusion.lora_files.outputs import PARTS, Outputs, base_dtype, compare_outputs, record_outputs
@@ -63,7 +64,7 @@ COMPLAINTS = (
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer's primary adapter as trained: tensors in their own dtype on the CPU.
+    """One layer's primary adapter as files hold it: tensors in their own dtype on the CPU.
 
     Arguments:
         A: (r, in) or (r, in, k, k).
@@ -267,9 +268,10 @@ def _layer_records(part: str, model: nn.Module, adapter: str | None) -> dict[str
         else:
             continue
         magnitudes = getattr(layer, "lora_magnitude_vector", {})
+        A, B = file_factors(layer, loaded)
         records[portable_name(part, name)] = LayerRecord(
-            A=_copy(layer.lora_A[loaded].weight),
-            B=_copy(layer.lora_B[loaded].weight),
+            A=A,
+            B=B,
             scale=float(layer.scaling[loaded]),
             magnitude=_copy(magnitudes[loaded].weight) if loaded in magnitudes else None,
         )

@@ -79,7 +79,7 @@ class Balancedness(Method):
             norms = [torch.stack(torch._foreach_norm(one)) for one in (A, B)]
             sign = torch.where(norms[0] >= norms[1], -1.0, 1.0)
         moves = torch.tensor([self.strength * self.schedule(done) * rates[layer.part] for layer in layers])
-        changes = sign * moves.to(sign)
+        changes = sign * moves.to(sign.device, non_blocking=True)
         torch._foreach_mul_(A, list(1 + changes))
         torch._foreach_mul_(B, list(1 - changes))
 

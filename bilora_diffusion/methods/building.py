@@ -25,6 +25,7 @@ from bilora_diffusion.methods.radius import SINGULAR_SHARE, Radius, radius
 from bilora_diffusion.methods.rwp_lora import RWPLoRA
 from bilora_diffusion.methods.s2_sam import S2SAM
 from bilora_diffusion.methods.weight_noise import WeightNoise
+from bilora_diffusion.optimizers import has_fused_step
 
 __all__ = ["DEFAULT_RHO", "DEFAULT_SIGMA", "FRESH_SHARE", "build", "build_ascent"]
 
@@ -116,9 +117,10 @@ def build_ascent(
     if name == "normalized":
         return NormalizedAscent(layers, fraction * rho)
     groups = _groups(layers, learning_rates)
+    shared = {"weight_decay": weight_decay, "maximize": True, "fused": has_fused_step(layers[0].A.device)}
     if name == "sgd":
-        return OptimizerAscent(torch.optim.SGD(groups, weight_decay=weight_decay, maximize=True))
-    return OptimizerAscent(torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, maximize=True))
+        return OptimizerAscent(torch.optim.SGD(groups, **shared))
+    return OptimizerAscent(torch.optim.AdamW(groups, betas=betas, eps=eps, **shared))
 
 
 def _groups(layers: Sequence[LowRank], rates: Mapping[str, float]) -> list[dict]:
@@ -188,7 +190,7 @@ def _dual_lora(setting: Setting) -> tuple[Method, Radius]:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.auxiliary_weight_decay,
-        fused=layers[0].A.device.type in ("cpu", "cuda"),
+        fused=has_fused_step(layers[0].A.device),
     )
     return _told(DualLoRA(layers, ball.rho, optimizer), rho=ball.rho, auxiliary_rank=rank), ball
 

@@ -2,9 +2,10 @@
 
     y = x W'^T + x N^T,    N_ij ~ std_i N(0, 1),    std_i = sigma ||W'_i|| / sqrt(n)
 
-for each output row i of the merged weight W' = W0 + s B A, n its number of inputs. N is drawn from a seed when the
-product is computed and drawn again when the gradient is, so that it takes the memory of one layer and works on any
-base, quantised ones and gradient checkpointing included. Its norm is sigma ||W'||_F on average.
+for each output row i of the merged weight W' = W0 + s B A (- s B0 A0, with a start that is not zero), n its number of
+inputs. N is drawn from a seed when the product is computed and drawn again when the gradient is, so that it takes the
+memory of one layer and works on any base, quantised ones and gradient checkpointing included. Its norm is
+sigma ||W'||_F on average.
 
 Reference:
     Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape (Li et al., 2025), arXiv 2409.14396, Eq. 6-8.
@@ -21,7 +22,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from bilora_diffusion.adapters import PRIMARY, adapted_layers
+from bilora_diffusion.adapters import PRIMARY, START, adapted_layers
 from bilora_diffusion.randomness import stream_seed
 
 __all__ = ["WeightNoise"]
@@ -131,6 +132,10 @@ def _row_norms(layer: BaseTunerLayer, squares: Tensor) -> Tensor:
     """
     if PRIMARY in layer.lora_magnitude_vector:
         return layer.lora_magnitude_vector[PRIMARY].weight.detach().flatten().float().abs()  # a DoRA's rows have it
-    A = layer.lora_A[PRIMARY].weight.detach().flatten(1).float()
-    B = layer.lora_B[PRIMARY].weight.detach().flatten(1).float() * layer.scaling[PRIMARY]
+    present = [adapter for adapter in (PRIMARY, START) if adapter in layer.lora_A]
+    A = torch.cat([layer.lora_A[adapter].weight.detach().flatten(1).float() for adapter in present])
+    B = torch.cat(
+        [layer.lora_B[adapter].weight.detach().flatten(1).float() * layer.scaling[adapter] for adapter in present],
+        dim=1,
+    )
     return (squares + (B * (2 * _weight(layer) @ A.mT + B @ (A @ A.mT))).sum(1)).clamp_min(0).sqrt()

@@ -68,7 +68,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.plots:
         from bilora_diffusion.sharpness.plots import need_matplotlib
 
-        need_matplotlib()
+        need_matplotlib(way_out=", or give --no-plots")
 
 
 def _measure(arguments: argparse.Namespace) -> list[Path]:

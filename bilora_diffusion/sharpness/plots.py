@@ -11,14 +11,12 @@ __all__ = ["draw", "need_matplotlib"]
 ENDINGS = ("png", "svg")
 
 
-def need_matplotlib() -> None:
+def need_matplotlib(what: str = "the plots need", way_out: str = "") -> None:
     """Raises: UserError: it is not installed; told before an hour of measuring."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError(
-            "the plots need matplotlib: pip install 'bilora-diffusion[plots]', or give --no-plots"
-        ) from None
+        raise UserError(f"{what} matplotlib: pip install 'bilora-diffusion[plots]'{way_out}") from None
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:

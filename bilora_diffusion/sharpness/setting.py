@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from bilora_diffusion.adapters import adapted_layers
@@ -13,13 +14,13 @@ from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.batches import Batch, BatchMaker, TrainingMicroBatch
 from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
 from bilora_diffusion.data.latents import CachedLatents
-from bilora_diffusion.data.pictures import find_pictures
+from bilora_diffusion.data.pictures import Picture, find_pictures
 from bilora_diffusion.diffusion import Objective, build_objective
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.prompts import TokenizedPrompts
 from bilora_diffusion.sharpness.landscape import Landscape
 
-__all__ = ["Scene", "load_scene"]
+__all__ = ["Scene", "fixed_batches", "load_scene"]
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 ADAPTER = "measured"
@@ -96,29 +97,58 @@ def load_scene(
     """
     pictures, _ = find_pictures(str(data), instance_prompt=instance_prompt)
     resolution = resolution or base.native_resolution()
-    dataset = DreamBoothDataset(pictures, resolution=resolution, center_crop=True, seed=seed)
-    vae = base.load("vae", dtype=torch.float32).vae.requires_grad_(False).to(device)
-    latents = CachedLatents(dataset, vae)
-    del vae
-    pipeline = base.load(*PARTS, dtype=torch.float32)
+    pipeline = base.load(*PARTS, "vae", dtype=torch.float32)
+    objective = build_objective(pipeline.scheduler)
+    pipeline.vae.requires_grad_(False).to(device)
+    batches = fixed_batches(
+        pictures,
+        pipeline,
+        objective,
+        resolution=resolution,
+        draws=draws,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+    )
+    pipeline.vae = None
     models = {part: getattr(pipeline, part).to(device).eval() for part in PARTS}
     rank, layers = _put_on(pipeline, lora)
-    objective = build_objective(pipeline.scheduler)
+    return Scene(models, objective, batches, rank, layers)
+
+
+def fixed_batches(
+    pictures: Sequence[Picture],
+    pipeline: StableDiffusionXLPipeline,
+    objective: Objective,
+    *,
+    resolution: int,
+    draws: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> list[Batch]:
+    """Draws of (picture, timestep, noise) that a loss can be measured on again and again; each picture as often.
+
+    Arguments:
+        pictures: cut in the middle to the square.
+        pipeline: its VAE, which must be frozen and on the device, and its tokenizers are used.
+        draws: how many, spread over the pictures.
+        batch_size: of all batches but perhaps the last.
+    """
+    dataset = DreamBoothDataset(pictures, resolution=resolution, center_crop=True, seed=seed)
     make_batch = BatchMaker(
         objective,
-        latents,
+        CachedLatents(dataset, pipeline.vae),
         TokenizedPrompts(dataset.prompts(), (pipeline.tokenizer, pipeline.tokenizer_2)),
         seed=seed,
-        resolution=resolution,
         noise_offset=0.0,
         prior_loss_weight=1.0,
         device=device,
     )
-    batches = [
+    return [
         make_batch(flatten([dataset[draw] for draw in range(first, min(first + batch_size, draws))]))
         for first in range(0, draws, batch_size)
     ]
-    return Scene(models, objective, batches, rank, layers)
 
 
 def _put_on(pipeline, lora: Path) -> tuple[int, int]:

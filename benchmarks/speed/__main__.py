@@ -1,0 +1,151 @@
+"""python -m benchmarks.speed --model tiny | medium | sdxl
+
+Measures what a training step costs with every method and with the recipe of diffusers' script, all in one process and
+in turn, so that a busy machine hits all alike. Writes benchmarks/results/speed_MODEL_DEVICE.json and .png, and
+speed.md from all such files.
+
+tiny and medium (SDXL's blocks, 3 and 59 million parameters) run anywhere and give ratios. sdxl is SDXL's own UNet at
+1024 px with random weights; it needs a CUDA GPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).parent.parent / "results"
+MINUTES = {"tiny": 1.5, "medium": 3.5, "sdxl": 1.0}
+"""Of the rounds; with what comes before them tiny and medium stay under five minutes, sdxl under two."""
+FEWEST_ROUNDS = 3
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parse(argv)
+    if arguments.model is None:
+        print(*report(arguments.folder), sep="\n")
+        return
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    from benchmarks.speed.bases import RESOLUTIONS, SharedBase
+    from benchmarks.speed.contenders import RANK, Setting, specifications, write_pictures
+    from benchmarks.speed.measuring import as_json, in_rounds, matmul_flops_per_second, prepare
+    from bilora_diffusion.finishing import package_versions
+
+    if arguments.model == "sdxl" and not torch.cuda.is_available():
+        sys.exit("--model sdxl needs a CUDA GPU, and none is visible: --model medium measures the ratios on a CPU")
+    try:
+        wanted = list(specifications(arguments.only))
+    except ValueError as error:
+        sys.exit(str(error))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(arguments.threads)
+    precision = arguments.precision or ("bf16" if device.type == "cuda" else "no")
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
+    began = time.perf_counter()
+
+    def say(what: str) -> None:
+        if not arguments.quiet:
+            print(f"{time.perf_counter() - began:4.0f} s  {what}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        resolution = arguments.resolution or RESOLUTIONS[arguments.model]
+        write_pictures(Path(folder), resolution)
+        base = SharedBase.build(arguments.model, device, dtype)
+        setting = Setting(base, device, dtype, resolution, arguments.batch, arguments.checkpointing, Path(folder))
+        runners, facts = prepare(wanted, setting, say)
+        matmul = matmul_flops_per_second(device, dtype)
+        started = time.perf_counter()
+
+        def enough(rounds: int) -> bool:
+            return rounds >= FEWEST_ROUNDS and time.perf_counter() - started > 60 * arguments.minutes
+
+        in_rounds(runners, enough, say)
+    content = {
+        "configuration": {
+            "model": arguments.model,
+            "unet_parameters": sum(p.numel() for p in base.pipeline.unet.parameters()),
+            "resolution": resolution,
+            "batch": arguments.batch,
+            "precision": precision,
+            "rank": RANK,
+            "checkpointing": arguments.checkpointing,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "minutes": arguments.minutes,
+            "flags": {one.name: one.flags for one in wanted},
+        },
+        "versions": package_versions() | {"cuda": torch.version.cuda},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(torch.get_num_threads()),
+        "commit": _commit(),
+        "matmul": matmul,
+        "sample": ["round", "place", "seconds", "cpu_seconds"],
+        "contenders": as_json(runners, facts),
+    }
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    path = arguments.folder / f"speed_{arguments.model}_{device.type}.json"
+    path.write_text(json.dumps(rounded(content)) + "\n")
+    print(path, *report(arguments.folder), sep="\n")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", choices=tuple(MINUTES), help="left out: only the table and the pictures, from what is there"
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows of the table, and lora")
+    parser.add_argument("--minutes", type=float, help="of the rounds; at least three are made")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--resolution", type=int, help="side of the pictures in pixels, a multiple of 32")
+    parser.add_argument("--precision", choices=("no", "bf16"), help="unset: bf16 on a GPU, no on a CPU")
+    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results are written")
+    parser.add_argument("--quiet", action="store_true")
+    arguments = parser.parse_args(argv)
+    if arguments.minutes is None and arguments.model:
+        arguments.minutes = MINUTES[arguments.model]
+    return arguments
+
+
+def report(folder: Path) -> list[Path]:
+    """speed.md from all measurements in a folder, and a picture of each."""
+    from benchmarks.speed.report import draw, table
+
+    measured = {path: json.loads(path.read_text()) for path in sorted(folder.glob("speed_*.json"))}
+    pictures = [path.with_suffix(".png") for path in measured]
+    for content, picture in zip(measured.values(), pictures, strict=True):
+        draw(content, picture)
+    path = folder / "speed.md"
+    path.write_text(table(list(measured.values())))
+    return [path, *pictures]
+
+
+def rounded(value: Any) -> Any:
+    """Five digits are more than the measurements carry."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _processor(threads: int) -> str:
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The measurements: interleaved times, memory, kernels, the UNet's share, and what the device could do."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.speed.contenders import BASELINE, Contender, Setting, Specification
+
+__all__ = ["Sample", "in_rounds", "matmul_flops_per_second", "prepare"]
+
+WATCHED = 2
+NEIGHBOURS = 3
+"""So many others between two samples of the baseline."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step, or the mean over a cycle of them.
+
+    Arguments:
+        place: in time, over all contenders.
+        seconds: by the clock, the device's work included.
+        cpu_seconds: of this process: what a busy machine changes least.
+    """
+
+    round: int
+    place: int
+    seconds: float
+    cpu_seconds: float
+
+
+class Runner:
+    """A contender, the steps it took, and what was seen of it."""
+
+    def __init__(self, name: str, contender: Contender, device: torch.device) -> None:
+        self.name = name
+        self.contender = contender
+        self.device = device
+        self.taken = 0
+        self.samples: list[Sample] = []
+
+    def step(self) -> None:
+        self.contender.step(self.taken)
+        self.taken += 1
+
+    def sample(self, number: int, place: int) -> Sample:
+        _wait(self.device)
+        began, cpu = time.perf_counter(), time.process_time()
+        for _ in range(self.contender.cycle):
+            self.step()
+        _wait(self.device)
+        cycle = self.contender.cycle
+        taken = Sample(number, place, (time.perf_counter() - began) / cycle, (time.process_time() - cpu) / cycle)
+        self.samples.append(taken)
+        return taken
+
+
+def prepare(
+    wanted: Sequence[Specification], setting: Setting, say: Callable[[str], None]
+) -> tuple[list[Runner], dict[str, dict[str, Any]]]:
+    """Builds all contenders, warms them up and looks at each by itself.
+
+    Returns:
+        the contenders, and for each name what does not need repeating: `flops`, `outside_unet`, and on CUDA
+        `kernels` and `peak_memory_bytes` (None elsewhere).
+    """
+    runners, facts = [], {}
+    on_cuda = setting.device.type == "cuda"
+    shared = torch.cuda.memory_allocated() if on_cuda else 0
+    for specification in wanted:
+        before = torch.cuda.memory_allocated() if on_cuda else 0
+        runner = Runner(specification.name, specification.build(setting), setting.device)
+        flops = _flops(runner)  # the first steps, which are not like the others: optimisers allocate their state
+        found: dict[str, Any] = {"peak_memory_bytes": None, "kernels": None}
+        if on_cuda:
+            own = torch.cuda.memory_allocated() - before
+            found = {"peak_memory_bytes": shared + own + _rise(runner), "kernels": _kernels(runner)}
+        facts[runner.name] = found | {"flops": flops, "outside_unet": _outside_unet(runner)}
+        runners.append(runner)
+        say(f"{runner.name} is ready")
+    return runners, facts
+
+
+def in_rounds(runners: Sequence[Runner], enough: Callable[[int], bool], say: Callable[[str], None]) -> None:
+    """Samples all contenders in turn, in another order each round, the baseline every few places.
+
+    Arguments:
+        enough: told the number of rounds done, says whether to stop.
+    """
+    by_name = {runner.name: runner for runner in runners}
+    others = [name for name in by_name if name != BASELINE]
+    order, place, done = random.Random(0), 0, 0
+    while not enough(done):
+        order.shuffle(others)
+        for name in _with_baseline(others):
+            by_name[name].sample(done, place)
+            place += 1
+        done += 1
+        say(f"round {done}")
+
+
+def _with_baseline(others: Sequence[str]) -> Iterator[str]:
+    """The baseline first, last, and after every few others: each other has one near before and after it."""
+    for place, name in enumerate(others):
+        if place % NEIGHBOURS == 0:
+            yield BASELINE
+        yield name
+    yield BASELINE
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _rise(runner: Runner) -> int:
+    """Bytes that a step needs for a while on top of what stays."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(runner.contender.cycle):
+        runner.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _kernels(runner: Runner) -> float:
+    """Kernels that a step launches, copies and fills left out."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(runner.contender.cycle):
+            runner.step()
+        torch.cuda.synchronize()
+    kernels = [
+        event
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation
+        and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    return len(kernels) / runner.contender.cycle
+
+
+def _flops(runner: Runner) -> float:
+    """Of the matrix products and convolutions of a step."""
+
+    def in_place(_, one: torch.Size, other: torch.Size, **__) -> int:  # the counter knows the product that is not
+        return 2 * one[0] * one[1] * other[1]
+
+    products = {torch.ops.aten.addmm_: in_place}
+    with FlopCounterMode(display=False, custom_mapping=products) as counter:
+        for _ in range(runner.contender.cycle):
+            runner.step()
+    return counter.get_total_flops() / runner.contender.cycle
+
+
+def _outside_unet(runner: Runner) -> float:
+    """The share of a step that passes neither in the UNet's forward nor in its backward pass."""
+    shares = []
+    for _ in range(WATCHED):
+        clock = _Clock(runner.device)
+        begin = clock.mark()
+        with clock.watching(runner.contender.unet):
+            for _ in range(runner.contender.cycle):
+                runner.step()
+        end = clock.mark()
+        _wait(runner.device)
+        inside = sum(clock.between(*span) for span in clock.spans)
+        shares.append(1 - inside / clock.between(begin, end))
+    return statistics.median(shares)
+
+
+class _Clock:
+    """When a module's forward and backward passes began and ended, in the device's own time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spans: list[tuple[Any, Any]] = []
+
+    def mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) if self.device.type == "cuda" else end - begin
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        begun: list[Any] = []
+
+        def forward_begins(*_) -> None:
+            begun.append(self.mark())
+
+        def forward_ends(_, __, outputs: tuple[Tensor, ...]) -> None:
+            self.spans.append((begun.pop(), self.mark()))
+            if outputs[0].requires_grad:
+                outputs[0].register_hook(backward_begins)
+
+        def backward_begins(_) -> None:
+            begin = self.mark()
+            # The adapters are the graph's only leaves: the backward pass ends where the UNet's does.
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.spans.append((begin, self.mark())))
+
+        handles = [module.register_forward_pre_hook(forward_begins), module.register_forward_hook(forward_ends)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> dict[str, float | int]:
+    """What one large square product reaches: the median of some, after some to warm up."""
+    size, repeats = (8192, 20) if device.type == "cuda" else (1024, 20)
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    taken = []
+    for _ in range(repeats + 3):
+        _wait(device)
+        began = time.perf_counter() if device.type == "cuda" else time.process_time()
+        one @ other
+        _wait(device)
+        taken.append((time.perf_counter() if device.type == "cuda" else time.process_time()) - began)
+    return {"size": size, "flops_per_second": 2 * size**3 / statistics.median(taken[3:])}
+
+
+def as_json(runners: Sequence[Runner], facts: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By name, every sample in the order it was taken."""
+    return {
+        runner.name: facts[runner.name] | {"samples": [list(asdict(one).values()) for one in runner.samples]}
+        for runner in runners
+    }

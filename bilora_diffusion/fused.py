@@ -1,0 +1,142 @@
+"""A linear layer and all its adapters in three matrix products forward, however many adapters there are.
+
+    h = x [A1; A2]'                       (rows, r1 + r2)
+    y = x W0' + b + s h [B1, B2]'         added into the base's result in place
+
+and, for the gradient g of y, with one product added into another again:
+
+    gh = s g [B1, B2],   gx = g W0 + gh [A1; A2],   [gA1; gA2] = gh' x,   [gB1, gB2] = s g' h
+
+peft adds one adapter after another: each reads x, writes a whole y, and does both again in the backward pass. The
+factors stay peft's own parameters; only the layer's forward is another. benchmarks/speed measures what it saves.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["FusedLinear", "fuse", "unfuse"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class FusedLinear(Linear):
+    """peft's linear layer, computed as above where that is the same thing, and by peft where it is not.
+
+    By peft: dropout, DoRA and peft's other variants, merged or disabled adapters, adapters chosen for each row, a base
+    that is quantised, trained, hooked or on another device, and a precision that peft would convert on the way.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) -> (..., out), in the precision that peft's forward gives."""
+        dtype = _compute_dtype(x)
+        names = None if args or kwargs or dtype is None else self._stackable(x, dtype)
+        if not names:
+            return super().forward(x, *args, **kwargs)
+        A, B = ([factor[name].weight for name in names] for factor in (self.lora_A, self.lora_B))
+        scales = [self.scaling[name] for name in names]
+        return _Stacked.apply(x.to(dtype), self.base_layer.weight, self.base_layer.bias, scales, *A, *B)
+
+    def _stackable(self, x: Tensor, dtype: torch.dtype) -> list[str] | None:
+        """The adapters that add something, None where peft's own forward is needed."""
+        if self._disable_adapters or self.merged_adapters or not _is_plain(self.base_layer, x.device):
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A and self.scaling[name] != 0]
+        if not all(self._is_vanilla(name) for name in names):
+            return None
+        dtypes = {factors[name].weight.dtype for name in names for factors in (self.lora_A, self.lora_B)}
+        converts = dtypes != {dtype} and not torch.is_autocast_enabled(x.device.type)
+        return None if converts or len(dtypes) > 1 else names
+
+    def _is_vanilla(self, name: str) -> bool:
+        dropout = self.lora_dropout[name]
+        drops = dropout.training and not isinstance(dropout, nn.Identity)
+        return name not in self.lora_variant and self.lora_B[name].bias is None and not drops
+
+
+def fuse(model: nn.Module) -> None:
+    """Lets all linear layers with peft adapters compute in this way; those of other kinds are left as they are."""
+    for layer in _layers(model, Linear):
+        layer.__class__ = FusedLinear
+
+
+def unfuse(model: nn.Module) -> None:
+    """The layers are peft's again, to compare."""
+    for layer in _layers(model, FusedLinear):
+        layer.__class__ = Linear
+
+
+def _layers(model: nn.Module, kind: type) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if type(module) is kind)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype | None:
+    """The precision of the products: autocast's, else that of x; None for what autocast leaves alone."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+
+
+def _is_plain(base: nn.Module, device: torch.device) -> bool:
+    """A frozen `nn.Linear` and nothing else: no quantised weight, no hook that means to see or change a call."""
+    if type(base) is not nn.Linear or "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks:
+        return False
+    tensors = [base.weight] if base.bias is None else [base.weight, base.bias]
+    return all(
+        type(tensor) is nn.Parameter and tensor.dtype in FLOATS and not tensor.requires_grad and tensor.device == device
+        for tensor in tensors
+    )
+
+
+class _Stacked(torch.autograd.Function):
+    """x W0' + b + sum over adapters of s B A x; the base is frozen and has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: list[float], *factors: Tensor
+    ) -> Tensor:
+        A, B = factors[: len(scales)], factors[len(scales) :]
+        scale = scales[0]
+        if any(other != scale for other in scales):
+            B, scale = [one * s for one, s in zip(B, scales, strict=True)], 1.0
+        down, up = _join(A, 0).to(x.dtype), _join(B, 1).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ down.mT
+        y = nn.functional.linear(rows, weight, bias)
+        y.addmm_(h, up.mT, alpha=scale)
+        ctx.save_for_backward(rows, h, weight, down, up)
+        ctx.scale, ctx.scales, ctx.shape = scale, scales, x.shape
+        ctx.ranks, ctx.dtype = [len(one) for one in A], A[0].dtype
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, h, weight, down, up = ctx.saved_tensors
+        count = len(ctx.scales)
+        of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[-count:]
+        g = gradient.reshape(-1, len(weight))
+        gx, gA, gB = None, [None] * count, [None] * count
+        if of_x or any(of_A):
+            gh = g @ up
+            if ctx.scale != 1:
+                gh *= ctx.scale
+            if of_x:
+                gx = (g @ weight.to(g.dtype)).addmm_(gh, down).view(ctx.shape)
+            if any(of_A):
+                gA = (gh.mT @ rows).to(ctx.dtype).split(ctx.ranks)
+        if any(of_B):
+            gB = [
+                piece.to(ctx.dtype) * s if s != 1 else piece.to(ctx.dtype)
+                for piece, s in zip((g.mT @ h).split(ctx.ranks, dim=1), ctx.scales, strict=True)
+            ]
+        wanted = (one if needed else None for one, needed in zip((*gA, *gB), (*of_A, *of_B), strict=True))
+        return gx, None, None, None, *wanted
+
+
+def _join(tensors: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -1,0 +1,114 @@
+"""What the paired numbers say, in plain words, and never more than they carry."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from bilora_diffusion.paired import Difference
+from bilora_diffusion.report.plan import title
+from bilora_diffusion.report.quantities import Compared, Quantity, amount
+
+__all__ = ["Sentence", "caveat", "gap_note", "sentence", "verdict"]
+
+TOLD = ("held_out", "gap", "drift", "nearest", "sharpness", "seconds")
+"""The quantities that the verdict has a sentence about; the tables have all."""
+Outcome = Literal["lower", "higher", "not shown", "one seed", "equal", "not measured"]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Attributes:
+    outcome: `lower` and `higher` only where the 95 % interval leaves zero out.
+    """
+
+    text: str
+    outcome: Outcome
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verdict(
+    found: Sequence[Compared], methods: Sequence[str], *, held_out: int, inert: Mapping[str, str]
+) -> list[Sentence]:
+    """The sentences about every method against the first.
+
+    Arguments:
+        held_out: how many pictures were.
+        inert: what a method's runs said of an auxiliary that did nothing, by method.
+    """
+    by_key = {one.quantity.key: one for one in found}
+    sentences = []
+    if not held_out:
+        text = "No picture was held out, so overfitting was not measured: 8 pictures or more, or --hold_out, allow it."
+        sentences.append(Sentence(text, "not measured"))
+    for method in methods[1:]:
+        for one in (by_key[key] for key in TOLD if key in by_key):
+            difference, seeds = one.differences[method], len(one.values[method])
+            sentences.append(sentence(one.quantity, method, methods[0], difference, seeds, held_out))
+    for method, text in inert.items():
+        sentences.append(Sentence(f"{title(method)}: {text}.", "not measured"))
+    if len(methods) == 1:
+        sentences.append(Sentence(f"Only {title(methods[0])} was trained: nothing was compared.", "not measured"))
+    return sentences
+
+
+def sentence(
+    quantity: Quantity, method: str, first: str, difference: Difference | None, seeds: int, held_out: int
+) -> Sentence:
+    """What one quantity of one method says against the first method."""
+    phrase = quantity.phrase.format(held_out=f"{held_out} held-out picture{'' if held_out == 1 else 's'}")
+    subject, other = f"{title(method)}'s {phrase}", f"{title(first)}'s"
+    if difference is None:
+        text = f"{subject} cannot be held against {other}: in some run it was no finite number above 0."
+        return Sentence(text, "not measured")
+    is_than = f"{subject} was {amount(quantity, difference.mean)} than {other}"
+    if difference.interval is None:
+        return Sentence(f"On the one seed that was run, {is_than}: one seed shows nothing.", "one seed")
+    if difference.is_zero:
+        return Sentence(f"On {seeds} paired seeds {subject} was exactly {other}.", "equal")
+    low, high = (amount(quantity, end) for end in difference.interval)
+    start = f"On {seeds} paired seeds {is_than} (95 % interval: {low} to {high})"
+    if not difference.is_shown:
+        return Sentence(f"{start}: no difference was shown.", "not shown")
+    return Sentence(
+        f"{start}: more than the chance of the seeds explains.", "lower" if difference.mean < 0 else "higher"
+    )
+
+
+def gap_note(method: str, gaps: Sequence[float]) -> str:
+    """What the loss gaps of a method's runs say; a negative one means more than an auxiliary that does nothing.
+
+    Arguments:
+        gaps: the mean of each run, L(perturbed) - L(clean).
+    """
+    below = sum(gap < 0 for gap in gaps)
+    text = f"{title(method)}'s loss gap was {sum(gaps) / len(gaps):+.2g}, the mean of its runs."
+    if below:
+        text += (
+            f" In {below} of {len(gaps)} it was negative: the loss was lower with the perturbation than without it, "
+            "and the LoRA that is kept is the one without it."
+        )
+    return text
+
+
+def caveat(count: int, seeds: int, held_out: int) -> str:
+    """What the numbers do not carry.
+
+    Arguments:
+        count: of the differences that were looked at.
+    """
+    parts = [
+        "A seed changes the first weights, the order of the pictures and the noise."
+        if seeds > 1
+        else "With one seed, what a method does and what chance does cannot be told apart."
+    ]
+    same = "the base, the settings and the pictures"
+    if held_out:
+        same += f", the {held_out} held-out one{'s' if held_out > 1 else ''} among them,"
+    parts.append(f"In all runs {same} were the same: nothing here speaks for others.")
+    if seeds > 1 and count > 1:
+        parts.append(
+            f"{count} differences were looked at; were there none, about one in twenty would seem to be one by chance."
+        )
+    return " ".join(parts)

@@ -1,0 +1,164 @@
+"""The speed benchmark: its intervals from made-up samples, its instruments on known work, and one real measurement."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import measuring
+from benchmarks.speed.bases import SharedBase
+from benchmarks.speed.contenders import BASELINE, specifications
+from benchmarks.speed.measuring import NEIGHBOURS, Runner, in_rounds
+from benchmarks.speed.report import ratio_to_baseline, table
+from bilora_diffusion.config import METHOD_NAMES
+
+
+def content(samples: dict[str, list[tuple[int, int, float]]]) -> dict:
+    """A measurement on a CPU with (round, place, CPU seconds) of each contender."""
+    facts = {"flops": 1e9, "outside_unet": 0.1, "peak_memory_bytes": None, "kernels": None}
+    return {
+        "configuration": {
+            "model": "tiny",
+            "resolution": 64,
+            "batch": 1,
+            "precision": "no",
+            "rank": 4,
+            "checkpointing": False,
+            "device": "cpu",
+        },
+        "device": "a CPU",
+        "matmul": {"size": 10, "flops_per_second": 1e10},
+        "contenders": {
+            name: facts | {"samples": [[number, place, 2 * seconds, seconds] for number, place, seconds in some]}
+            for name, some in samples.items()
+        },
+    }
+
+
+def test_a_machine_that_slows_down_does_not_change_the_ratio():
+    """Ten times slower by the end; a sample is compared with the baseline's just before and after it."""
+    speeds = [1 + place for place in range(10)]
+    base = [(0, place, float(speeds[place])) for place in range(0, 10, 2)]
+    other = [(0, place, 1.5 * speeds[place]) for place in range(1, 9, 2)]
+    assert ratio_to_baseline(content({BASELINE: base, "bilora": other}), "bilora") == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_the_interval_covers_the_truth_and_shrinks():
+    widths = []
+    for count in (20, 320):
+        draw = torch.Generator().manual_seed(count)
+        noise = (torch.randn(2 * count + 1, generator=draw) / 20).exp().tolist()
+        base = [(0, place, noise[place]) for place in range(0, 2 * count + 1, 2)]
+        other = [(0, place, 1.1 * noise[place]) for place in range(1, 2 * count + 1, 2)]
+        middle, low, high = ratio_to_baseline(content({BASELINE: base, "bilora": other}), "bilora")
+        assert low < 1.1 < high and low <= middle <= high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+
+
+def test_the_table_says_what_is_pending():
+    measured = content({BASELINE: [(0, 0, 1.0), (0, 2, 1.0)], "bilora": [(0, 1, 1.02)]})
+    (row,) = (line for line in table([measured]).splitlines() if line.startswith("| bilora"))
+    assert row == "| bilora | 1.02 | 1.020 (1.020 to 1.020) | 10.0% | 10% | pending | pending |"
+
+
+def test_every_method_and_both_stock_recipes_are_measured():
+    names = [one.name for one in specifications()]
+    assert set(METHOD_NAMES) | {"stock", "stock, latents kept"} <= set(names) and len(set(names)) == len(names)
+    assert [one.name for one in specifications(["nbar"])] == [BASELINE, "nbar"]
+    with pytest.raises(ValueError, match="--only nothing: there is 'lora', 'bilora'"):
+        list(specifications(["nothing"]))
+
+
+class Products:
+    """Takes one product forward and two backward in a step, all in its `unet`, and as many forward outside it."""
+
+    cycle = 1
+
+    def __init__(self, size: int) -> None:
+        self.unet = _Twice(size)
+        self.x = torch.randn(size, size, requires_grad=True)
+        self.steps: list[int] = []
+
+    def step(self, number: int) -> float:
+        self.steps.append(number)
+        (loss,) = self.unet(self.x)
+        loss.backward()
+        for _ in range(3):
+            self.x.detach() @ self.x.detach()
+        return 0.0
+
+
+class _Twice(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((x @ self.weight).sum(),)
+
+
+def test_the_instruments_on_known_work():
+    runner = Runner("products", Products(256), torch.device("cpu"))
+    assert measuring._flops(runner) == 6 * 2 * 256**3
+    assert 0.3 < measuring._outside_unet(runner) < 0.7  # half of it by count
+    reached = measuring.matmul_flops_per_second(torch.device("cpu"), torch.float32)
+    assert 1e9 < reached["flops_per_second"] < 1e13
+
+
+def test_products_in_place_are_counted():
+    contender = Products(8)
+    contender.step = lambda number: torch.zeros(4, 6).addmm_(torch.ones(4, 5), torch.ones(5, 6)).sum().item()
+    assert measuring._flops(Runner("in place", contender, torch.device("cpu"))) == 2 * 4 * 5 * 6
+
+
+def test_the_baseline_is_never_far():
+    runners = [Runner(name, Products(2), torch.device("cpu")) for name in (BASELINE, *"abcde")]
+    in_rounds(runners, lambda rounds: rounds >= 2, lambda _: None)
+    order = {sample.place: runner.name for runner in runners for sample in runner.samples}
+    names = [order[place] for place in range(len(order))]
+    half = len(names) // 2
+    assert names[:half] != names[half:]  # another order
+    for part in (names[:half], names[half:]):
+        assert sorted(set(part)) == ["a", "b", "c", "d", "e", BASELINE]
+        places = [place for place, name in enumerate(part) if name == BASELINE]
+        assert places[0] == 0 and places[-1] == len(part) - 1
+        assert max(b - a for a, b in itertools.pairwise(places)) <= NEIGHBOURS + 1
+    assert all(runner.contender.steps == list(range(runner.taken)) for runner in runners)
+
+
+def test_copies_share_their_weights_and_not_their_adapters():
+    base = SharedBase.build("tiny", torch.device("cpu"), torch.float32)
+    with base.in_place_of_files():
+        one, other = (base._load(("unet",)).unet for _ in range(2))
+    assert one is not other and one.conv_in is not other.conv_in
+    pointers = [[p.data_ptr() for p in unet.parameters()] for unet in (one, other, base.pipeline.unet)]
+    assert pointers[0] == pointers[1] == pointers[2]
+
+
+def test_it_measures(tmp_path: Path, capsys):
+    speed.main(["--model", "tiny", "--minutes", "0", "--folder", str(tmp_path), "--quiet", "--only", "bilora", "stock"])
+    measured = json.loads((tmp_path / "speed_tiny_cpu.json").read_text())
+    assert measured["configuration"]["flags"]["bilora"] == {"method": "bilora", "fused": True}
+    for name in (BASELINE, "bilora", "stock"):
+        found = measured["contenders"][name]
+        assert len(found["samples"]) == (6 if name == BASELINE else 3)
+        assert all(min(seconds, cpu) > 0 for _, _, seconds, cpu in found["samples"])
+        assert 0 < found["outside_unet"] < 1 and found["kernels"] is found["peak_memory_bytes"] is None
+    flops = {name: found["flops"] for name, found in measured["contenders"].items()}
+    assert 1 < flops["bilora"] / flops[BASELINE] < 1.1 < flops["stock"] / flops[BASELINE] < 3  # the VAE's
+    assert (tmp_path / "speed_tiny_cpu.png").stat().st_size > 5000
+    assert "| bilora |" in (tmp_path / "speed.md").read_text()
+    assert "speed_tiny_cpu.json" in capsys.readouterr().out
+
+
+def test_sdxl_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--model sdxl needs a CUDA GPU, and none is visible"):
+        speed.main(["--model", "sdxl"])
+    with pytest.raises(SystemExit, match="--only nonsense: there is"):
+        speed.main(["--model", "tiny", "--only", "nonsense"])
