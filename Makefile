@@ -47,6 +47,7 @@ benchmark-quality: setup  ## all methods on the embedded base: hours on two core
 		$(BIN)/python -m benchmarks.quality $$stage --part 1/2 & one=$$!; \
 		$(BIN)/python -m benchmarks.quality $$stage --part 2/2 && wait $$one || exit 1; \
 	done
+	$(BIN)/python -m benchmarks.quality rises --seeds 1 2
 	$(BIN)/python -m benchmarks.quality report
 
 report: setup  ## train LoRA and Bi-LoRA on the 3D icons with three seeds, measure them, write outputs/report/report.html

@@ -94,7 +94,7 @@ def _rises(some: Sequence[dict[str, Any]]) -> list[str]:
     shares = some[0]["shares"]
     rows: dict[str, list[list[float]]] = {}
     sizes: dict[str, list[float]] = {}
-    for run in some:
+    for run in sorted(some, key=lambda run: not run["configuration"].startswith("lora,")):
         plain = run["configuration"].startswith("lora,")
         for seen in run["seen"].values():
             for name, title in GENERAL_DIRECTIONS.items():
