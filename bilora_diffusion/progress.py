@@ -88,7 +88,7 @@ class Progress:
         if self.highest_c_over_rho < ALIVE_ABOVE:
             return (
                 f"the auxiliary was inert: c / rho never passed {self.highest_c_over_rho:.3g}, so this is nearly plain "
-                "LoRA; train longer, raise --auxiliary_learning_rate, or use --ascent adamw"
+                "LoRA; train longer or raise --auxiliary_learning_rate, and use --ascent adamw if it is another"
             )
         if self.gap_steps and not self.gap_above_noise:
             return (
