@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
         blocks = launch(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        error.tell()
         return 2
     blocks.block_thread()
     return 0

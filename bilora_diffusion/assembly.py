@@ -135,13 +135,7 @@ def assemble(
     Raises:
         UserError: whatever in the configuration, the base or the pictures does not fit.
     """
-    base = Base(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        vae=config.pretrained_vae_model_name_or_path,
-    )
+    base = Base.from_flags(vars(config))
     resolution = config.resolution or base.native_resolution()
     dataset = _data_set(config, machine, base, pictures, resolution, seed)
     prior_prompt = config.class_prompt if config.prior_from_base else None

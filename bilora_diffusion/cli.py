@@ -1,7 +1,6 @@
 """The command: `train_dreambooth_bilora.py`, and `train-dreambooth-bilora` where the package is installed."""
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -29,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED if train(config).interrupted else 0
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not once a process
-            text = re.sub(r"\s*\n\s*", " ", str(error).strip())  # a library's words may come in several lines
-            print(f"error: {text}", file=sys.stderr)
+            error.tell()
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison.save_grid(output / GRID_FILE)
         write_text_atomically(output / SETTINGS_FILE, strict_json(comparison.settings.to_json(), indent=2) + "\n")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        error.tell()
         return 2
     except KeyboardInterrupt:
         return 130

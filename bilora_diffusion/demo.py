@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"--{flag} is {getattr(arguments, flag)}: give 1 or more")
         path = draw(arguments.folders, arguments.prompt, arguments.count, arguments.steps, arguments.guidance_scale)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        error.tell()
         return 2
     for folder in arguments.folders:
         for name in (DIFFUSERS_FILE, KOHYA_FILE):
@@ -76,13 +76,7 @@ def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, ste
     for name in SHARED:
         if any(other[name] != config[name] for other in configs):
             raise UserError(f"the runs differ in --{name}: give runs of one base and one resolution")
-    base = Base(
-        config["pretrained_model_name_or_path"],
-        revision=config["revision"],
-        variant=config["variant"],
-        cache_dir=config["cache_dir"],
-        vae=config["pretrained_vae_model_name_or_path"],
-    )
+    base = Base.from_flags(config)
     names = (*TRAINED_ON, *LIKE_THE_PAPER) if base.name == EMBEDDED and prompts is None else ()
     prompts = [concept_caption(name) for name in names] or prompts or [config["instance_prompt"] or ""]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

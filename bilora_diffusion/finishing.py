@@ -244,6 +244,7 @@ def _summary(
         "c_over_rho": measures.get("c_over_rho"),
         "clipped_share": measures.get("clipped_share"),
         "inert": progress.is_inert(),
+        "leaning": progress.leans_on_auxiliary(),
         "skipped_steps": progress.skipped,
         "seconds_per_step": progress.seconds_per_step,
         "peak_memory_bytes": peak_memory_bytes(machine.device),
@@ -303,7 +304,8 @@ def _say(
         logger.info(f"{folder.path / name}")
     if progress.skipped:
         logger.info(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
-    if summary["inert"]:
-        logger.info(f"note: {summary['inert']}")
+    for note in ("inert", "leaning"):
+        if summary[note]:
+            logger.info(f"note: {summary[note]}")
     if interrupted:
         logger.info("continue with --resume_from_checkpoint latest")

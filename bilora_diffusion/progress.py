@@ -13,6 +13,12 @@ __all__ = ["Progress"]
 ALIVE_ABOVE = 0.1
 """A perturbation that never reaches this share of its radius hardly perturbs."""
 
+FEWEST_GAPS = 5
+"""Measurements of the loss gap below which nothing is said of its sign."""
+
+LEANING_BELOW = 1e-3
+"""Share of the loss: a gap closer to zero costs the LoRA nothing that its user could see."""
+
 
 @dataclass
 class Progress:
@@ -96,6 +102,21 @@ class Progress:
                 "plain LoRA; raise --rho or --rho_relative"
             )
         return None
+
+    def leans_on_auxiliary(self) -> str | None:
+        """One line if the loss was lower with the auxiliary than without it, as far as its measurements can tell."""
+        gaps = [a - b for a, b in zip(self.perturbed_losses, self.clean_losses, strict=True)]
+        if self.highest_c_over_rho is None or len(gaps) < FEWEST_GAPS:
+            return None
+        mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+        share = mean / statistics.fmean(self.clean_losses)
+        if share > -LEANING_BELOW or mean > -3 * error:
+            return None
+        return (
+            f"the auxiliary did not ascend: the loss was {-share:.1%} lower with it than without it, and the LoRA that "
+            "was saved is the one without it; lower --auxiliary_learning_rate (a tenth of --learning_rate, say) or "
+            "--rho"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import Builder, all_equal, write_pictures
-from whole_run import forking, interrupted_after, lora, main, quicken, ranks, summary, train, words
+from tiny_run import Builder, write_pictures
+from whole_run import forking, in_one_and_in_two, lora, main, quicken, ranks, summary, train, words
 
 from bilora_diffusion.adapters import UNET
 from bilora_diffusion.data.buckets import BucketOrder, make_buckets, nearest_bucket
@@ -189,13 +189,7 @@ def test_a_run_with_buckets_resumes_where_it_was(cached: bool, pictures: Path, t
         "gradient_accumulation_steps": 2,
         "loss_gap_steps": 2,
     }
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(pictures, whole, **flags)
-    with interrupted_after(2):
-        assert main(words(pictures, parts, **flags)) == 130
-    train(pictures, parts, resume_from_checkpoint="latest", **flags)
-    assert all_equal(lora(whole), lora(parts))
-    assert summary(whole)["losses"] == summary(parts)["losses"]
+    whole, _ = in_one_and_in_two(pictures, tmp_path, **flags)
     assert "64 px, aspect-ratio buckets" in (whole / "README.md").read_text()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_run import Builder, all_equal, write_pictures
-from whole_run import interrupted_after, lora, main, quicken, refusal, summary, train, words
+from whole_run import in_one_and_in_two, lora, quicken, refusal, train, words
 
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.captions import CaptionRule, check_shuffling
@@ -150,13 +150,7 @@ def test_a_run_with_shuffled_captions_resumes_where_it_was(text_encoders: bool, 
         "lora_layers": "to_k",
         "loss_gap_steps": 2,
     }
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(pictures, whole, **flags)
-    with interrupted_after(2):
-        assert main(words(pictures, parts, **flags)) == 130
-    train(pictures, parts, resume_from_checkpoint="latest", **flags)
-    assert all_equal(lora(whole), lora(parts))
-    assert summary(whole)["losses"] == summary(parts)["losses"]
+    whole, _ = in_one_and_in_two(pictures, tmp_path, **flags)
     plain = train(pictures, tmp_path / "plain", **flags | {"shuffle_caption": False, "keep_tokens": 0})
     assert not all_equal(plain, lora(whole))
     assert "captions' tags | shuffled, the first 1 kept" in (whole / "README.md").read_text()

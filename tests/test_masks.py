@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_run import Builder, all_equal, difference, write_pictures
-from whole_run import interrupted_after, lora, main, quicken, refusal, summary, train, words
+from whole_run import in_one_and_in_two, quicken, refusal, train, words
 
 from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
 from bilora_diffusion.data.images import View
@@ -314,13 +314,7 @@ def test_white_masks_change_nothing_and_others_do(folders: tuple[Path, Path], tm
 @pytest.mark.parametrize("center_crop", [False, True])
 def test_a_masked_run_resumes_where_it_was(center_crop: bool, folders: tuple[Path, Path], tmp_path: Path) -> None:
     flags = {"mask_dir": folders[1], "center_crop": center_crop, "random_flip": True, "loss_gap_steps": 2, **SMALL}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(folders[0], whole, **flags)
-    with interrupted_after(2):
-        assert main(words(folders[0], parts, **flags)) == 130
-    train(folders[0], parts, resume_from_checkpoint="latest", **flags)
-    assert all_equal(lora(whole), lora(parts))
-    assert summary(whole)["losses"] == summary(parts)["losses"]
+    in_one_and_in_two(folders[0], tmp_path, **flags)
 
 
 def test_a_run_on_cut_out_pictures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

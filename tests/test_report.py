@@ -40,7 +40,7 @@ from bilora_diffusion.report.running import Process, run_all
 from bilora_diffusion.report.splitting import split, write_folder
 from bilora_diffusion.report.verdict import caveat, gap_note, sentence, verdict
 from bilora_diffusion.run_folder import DIFFUSERS_FILE
-from bilora_diffusion.runs import LOG_FILE, launch
+from bilora_diffusion.runs import LOG_FILE, START_FILE, launch
 from bilora_diffusion.sharpness.setting import load_scene
 
 BY_KEY = {quantity.key: quantity for quantity in QUANTITIES}
@@ -318,6 +318,9 @@ def test_a_failed_run_is_told_in_one_line(pictures: Path, tmp_path: Path) -> Non
     (training,) = plan(words(pictures), ["lora"], [7], tmp_path, None)
     training.folder.mkdir()
     with pytest.raises(UserError, match="holds something else"):
+        run_all([training], never)
+    (training.folder / START_FILE).write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match=f"{START_FILE} cannot be read: it is not text"):
         run_all([training], never)
 
 

@@ -18,6 +18,7 @@ from whole_run import (
     Forked,
     checkpoint_names,
     forking,
+    in_one_and_in_two,
     interrupted_after,
     lora,
     main,
@@ -125,15 +126,7 @@ def equal_values(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_gives_the_same_tensors(kind: str, pictures: Path, tmp_path: Path) -> None:
     flags = {"loss_gap_steps": 2, "checkpointing_steps": 4, **KINDS[kind]}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(pictures, whole, **flags)
-    with interrupted_after(2):
-        assert main(words(pictures, parts, **flags)) == 130
-    assert checkpoint_names(parts) == ["checkpoint-2"]
-    assert state(parts)["state"] == "interrupted"
-    assert not all_equal(lora(parts), lora(whole))
-    train(pictures, parts, resume_from_checkpoint="latest", **flags)
-    assert_same_run(whole, parts, 4)
+    assert_same_run(*in_one_and_in_two(pictures, tmp_path, **flags), 4)
 
 
 def test_a_resumed_run_takes_its_start_from_the_checkpoint(

@@ -141,7 +141,7 @@ def test_the_summary(full: Path) -> None:
 def test_what_a_method_lacks_is_null(pictures: Path, tmp_path: Path, quick: None) -> None:
     train(pictures, tmp_path / "run", method="lora", loss_gap_steps=1, **SMALL)
     told = summary(tmp_path / "run")
-    lacking = ("rho", "rho_relative", "clipped_share", "c_over_rho", "loss_gap", "clean_losses", "inert")
+    lacking = ("rho", "rho_relative", "clipped_share", "c_over_rho", "loss_gap", "clean_losses", "inert", "leaning")
     assert {name: told[name] for name in lacking} == dict.fromkeys(lacking)
     assert len(told["losses"]) == 4 and told["parameters"]["auxiliary"] == 0
     assert set(metrics(tmp_path / "run")[0]) == {"step", "loss", "lr", "seconds"}
@@ -324,6 +324,22 @@ def test_an_auxiliary_that_does_nothing_is_told(
         assert notes == [] and told is None
     else:
         assert len(notes) == 1 and said in notes[0] and said in told and "\n" not in told
+
+
+def test_a_primary_that_leans_on_the_auxiliary_is_told() -> None:
+    def told(gaps: list[float], **values: object) -> str | None:
+        losses = [0.1 + 0.01 * place for place in range(len(gaps))]
+        perturbed = [loss + gap for loss, gap in zip(losses, gaps, strict=True)]
+        known = {"clean_losses": losses, "perturbed_losses": perturbed, "highest_c_over_rho": 1.0, **values}
+        return Progress(**known).leans_on_auxiliary()
+
+    leaning = [-0.001, -0.002, -0.003, -0.002, -0.002]
+    assert "the loss was 1.7% lower with it" in told(leaning) and "\n" not in told(leaning)
+    assert told([-gap for gap in leaning]) is None
+    assert told(leaning[:4]) is None  # too few
+    assert told([gap / 100 for gap in leaning]) is None  # too little
+    assert told([-0.02, 0.018, -0.019, 0.017, -0.002]) is None  # chance
+    assert told(leaning, highest_c_over_rho=None) is None  # dual-lora's second adapter descends by intent
 
 
 # --- Previews ---

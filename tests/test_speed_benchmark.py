@@ -15,6 +15,7 @@ from benchmarks.speed.contenders import BASELINE, specifications
 from benchmarks.speed.measuring import NEIGHBOURS, Runner, in_rounds
 from benchmarks.speed.report import ratio_to_baseline, table
 from bilora_diffusion.config import METHOD_NAMES
+from bilora_diffusion.errors import UserError
 
 
 def content(samples: dict[str, list[tuple[int, int, float]]]) -> dict:
@@ -70,7 +71,7 @@ def test_every_method_and_both_stock_recipes_are_measured():
     names = [one.name for one in specifications()]
     assert set(METHOD_NAMES) | {"stock", "stock, latents kept"} <= set(names) and len(set(names)) == len(names)
     assert [one.name for one in specifications(["nbar"])] == [BASELINE, "nbar"]
-    with pytest.raises(ValueError, match="--only nothing: there is 'lora', 'bilora'"):
+    with pytest.raises(UserError, match="--only nothing: there is 'lora', 'bilora'"):
         list(specifications(["nothing"]))
 
 
@@ -156,9 +157,18 @@ def test_it_measures(tmp_path: Path, capsys):
     assert "speed_tiny_cpu.json" in capsys.readouterr().out
 
 
-def test_sdxl_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "sdxl"], "error: --model sdxl needs a CUDA GPU, and none is visible"),
+        (["--model", "tiny", "--only", "nonsense"], "error: --only nonsense: there is"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="--model sdxl needs a CUDA GPU, and none is visible"):
-        speed.main(["--model", "sdxl"])
-    with pytest.raises(SystemExit, match="--only nonsense: there is"):
-        speed.main(["--model", "tiny", "--only", "nonsense"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        speed.main(words)
+    printed = capsys.readouterr().err
+    assert printed.startswith(told) and printed.count("\n") == 1

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tiny_run import all_equal
 from torch import Tensor
 
 from bilora_diffusion import assembly, finishing, previews, run, sampling
@@ -111,6 +112,24 @@ def interrupted_after(steps: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "Interruption", StopAfter(steps))
         yield
+
+
+def in_one_and_in_two(pictures: Path, folder: Path, **flags: Any) -> tuple[Path, Path]:
+    """The same training twice: `folder/whole` without a stop, `folder/parts` ended after its second step and resumed.
+
+    Their LoRA and their losses must be the same bits.
+    """
+    whole, parts = folder / "whole", folder / "parts"
+    train(pictures, whole, **flags)
+    with interrupted_after(2):
+        assert main(words(pictures, parts, **flags)) == 130
+    assert checkpoint_names(parts) == ["checkpoint-2"]
+    assert state(parts)["state"] == "interrupted"
+    assert not all_equal(lora(parts), lora(whole))
+    train(pictures, parts, resume_from_checkpoint="latest", **flags)
+    assert all_equal(lora(parts), lora(whole))
+    assert summary(parts)["losses"] == summary(whole)["losses"]
+    return whole, parts
 
 
 def lora(folder: Path) -> dict[str, Tensor]:

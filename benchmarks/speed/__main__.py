@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bilora_diffusion.errors import UserError
+
 __all__ = ["main"]
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -40,12 +42,15 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.speed.measuring import as_json, in_rounds, matmul_flops_per_second, prepare
     from bilora_diffusion.finishing import package_versions
 
-    if arguments.model == "sdxl" and not torch.cuda.is_available():
-        sys.exit("--model sdxl needs a CUDA GPU, and none is visible: --model medium measures the ratios on a CPU")
     try:
+        if arguments.model == "sdxl" and not torch.cuda.is_available():
+            raise UserError(
+                "--model sdxl needs a CUDA GPU, and none is visible: --model medium measures the ratios on a CPU"
+            )
         wanted = list(specifications(arguments.only))
-    except ValueError as error:
-        sys.exit(str(error))
+    except UserError as error:
+        error.tell()
+        sys.exit(2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)

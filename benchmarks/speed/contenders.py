@@ -17,6 +17,7 @@ from benchmarks.speed.bases import SharedBase, sharing_copy
 from bilora_diffusion.assembly import Machine, assemble, read_pictures
 from bilora_diffusion.config import METHOD_NAMES, TrainingConfig
 from bilora_diffusion.data.dreambooth import flatten
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.fused import unfuse
 from bilora_diffusion.processes import on_host
 from bilora_diffusion.randomness import generator
@@ -89,7 +90,7 @@ def specifications(names: Sequence[str] | None = None) -> Iterator[Specification
     unknown = set(names or ()) - {one.name for one in everything}
     if unknown:
         known = ", ".join(f"'{one.name}'" for one in everything)
-        raise ValueError(f"--only {', '.join(sorted(unknown))}: there is {known}")
+        raise UserError(f"--only {', '.join(sorted(unknown))}: there is {known}")
     yield from (one for one in everything if not names or one.name in names or one.name == BASELINE)
 
 

@@ -4,6 +4,7 @@ Nothing else in the package opens a base. Its parts have diffusers' names: unet,
 text_encoder_2.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ class Base:
     variant: str | None = None
     cache_dir: str | None = None
     vae: str | None = None
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> "Base":
+        """The base that the trainer's flags name, such as `vars(config)` or a run folder's config.yaml."""
+        return cls(
+            flags["pretrained_model_name_or_path"],
+            revision=flags["revision"],
+            variant=flags["variant"],
+            cache_dir=flags["cache_dir"],
+            vae=flags["pretrained_vae_model_name_or_path"],
+        )
 
     def load(
         self, *parts: str, dtype: torch.dtype = torch.float32, config_folder: Path | None = None

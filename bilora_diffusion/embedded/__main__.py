@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _build(arguments) if arguments.command == "build" else _check(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        error.tell()
         return 2
     except KeyboardInterrupt:
         if arguments.command == "build":

@@ -6,7 +6,6 @@ finished is not repeated: stop it with Ctrl-C and give the same command to go on
 """
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -51,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(make_report(options))
         return 0
     except UserError as error:
-        text = re.sub(r"\s*\n\s*", " ", str(error).strip())
-        print(f"error: {text}", file=sys.stderr)
+        error.tell()
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

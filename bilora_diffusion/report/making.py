@@ -127,13 +127,7 @@ def _set_up(options: Options, config: TrainingConfig) -> Setting:
     for warning in warnings:
         logger.warning(warning)
     trained, held_out = split(found, options.hold_out, config.seed or 0)
-    base = Base(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        vae=config.pretrained_vae_model_name_or_path,
-    )
+    base = Base.from_flags(vars(config))
     resolution = config.resolution or base.native_resolution()
     side = resolution if resolution >= SMALLEST_DRAWN_PX else None
     shared = PictureSettings(

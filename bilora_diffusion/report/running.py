@@ -55,10 +55,14 @@ def _is_done(training: Training) -> bool:
     run, asked = Run(training.name, training.folder), to_yaml(training.config)
     if not training.folder.exists():
         return False
+    start_file = training.folder / START_FILE
     try:
-        known = (training.folder / START_FILE).read_text(encoding="utf-8")
-    except OSError:
+        known = start_file.read_text(encoding="utf-8")
+    except FileNotFoundError:
         known = None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise UserError(f"{start_file} cannot be read: {reason}") from error
     if known != asked:
         raise UserError(
             f"{training.folder} holds {'a run with other settings' if known else 'something else'}: name another "

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(path)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        error.tell()
         return 2
     except KeyboardInterrupt:
         return 130
