@@ -17,7 +17,7 @@ from app.generate_tab import GenerateTab
 from app.running import Status
 from app.services import Services
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.runs import Run, find_run, list_runs, start_run, stop_run
+from bilora_diffusion.runs import Run, find_run, list_runs, resume_run, start_run, stop_run
 
 __all__ = ["RunsTab"]
 
@@ -53,8 +53,18 @@ class RunsTab:
                 self.log = gr.Textbox(
                     label="Log", lines=8, max_lines=14, interactive=False, elem_id="run-log", elem_classes=["log"]
                 )
-                self.stop = gr.Button("Stop this run", variant="stop", elem_id="stop-run")
+                with gr.Row():
+                    self.stop = gr.Button("Stop this run", variant="stop", elem_id="stop-run")
+                    self.resume = gr.Button("Resume it", elem_id="resume-run")
                 self.answer = gr.HTML(elem_id="run-answer")
+                self.command = gr.Textbox(
+                    label="The same in a terminal",
+                    max_lines=4,
+                    interactive=False,
+                    buttons=["copy"],
+                    elem_id="run-command",
+                    elem_classes=["log"],
+                )
             with gr.Column(scale=2, min_width=300):
                 self.file = gr.Dropdown([], label="LoRA or checkpoint", elem_id="run-file")
                 self.column = gr.Dropdown([1, 2, 3, 4], value=3, label="Column of Compare")
@@ -88,6 +98,7 @@ class RunsTab:
             self.plots,
             self.status,
             self.log,
+            self.command,
             self.file,
             self.previews,
             seen,
@@ -102,6 +113,7 @@ class RunsTab:
             **hidden,
         )
         self.stop.click(self.stop_run, self.chosen, self.answer, **hidden)
+        self.resume.click(self.resume_run, self.chosen, self.answer, **hidden)
         self.start.click(
             self.start_run, [self.name, self.preset, *self.form.components], [self.start_answer, self.chosen], **hidden
         )
@@ -161,6 +173,7 @@ class RunsTab:
             _plots(shown) if new["curves"] else gr.skip(),
             _status_of(shown[0]) if shown else "",
             shown[0].log() if shown else "",
+            shown[0].command() if shown else "",
             gr.update(choices=files, value=file if file in values else next(iter(values), None))
             if new["files"]
             else gr.skip(),
@@ -185,6 +198,16 @@ class RunsTab:
         except UserError as error:
             return markup.error(str(error))
         return markup.note("Stopping: the step at hand is finished and everything saved.")
+
+    def resume_run(self, chosen: Sequence[str]) -> str:
+        """Goes on with the first of the chosen runs."""
+        try:
+            self._require_training()
+            run = self._first(chosen)
+            resume_run(run)
+        except UserError as error:
+            return markup.error(str(error))
+        return markup.note(f"{run.name} goes on from its last checkpoint.")
 
     def start_run(self, name: str, preset: str, *values: str) -> tuple:
         """Starts a run and shows it."""

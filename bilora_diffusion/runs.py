@@ -7,6 +7,7 @@ a process of its own that nothing of this one's can take along.
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -24,7 +25,18 @@ from bilora_diffusion.config import to_yaml
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import show
 
-__all__ = ["LOG_FILE", "START_FILE", "Run", "find_run", "launch", "list_runs", "start_run", "stop_run"]
+__all__ = [
+    "LOG_FILE",
+    "RESUMED",
+    "START_FILE",
+    "Run",
+    "find_run",
+    "launch",
+    "list_runs",
+    "resume_run",
+    "start_run",
+    "stop_run",
+]
 
 # The names are run_folder's and checkpoint's, which import torch.
 CONFIG_FILE, METRICS_FILE, STATE_FILE = "config.yaml", "metrics.jsonl", "state.json"
@@ -34,11 +46,14 @@ LOG_FILE = "train.log"
 START_FILE = "start.yaml"
 """The configuration that a run started from here was given."""
 PID_FILE = "start.pid"
+SCRIPT = "train_dreambooth_bilora.py"
 TRAINERS = ("bilora_diffusion.cli", "train_dreambooth_bilora", "train-dreambooth-bilora")
 MOST_RUNS = 200
 MOST_DEPTH = 3
+MOST_SECONDS_OF_ENDING = 20.0
 MOST_LOG_BYTES = 64 * 2**10
 MOST_METRICS_BYTES = 64 * 2**20
+RESUMED = ("--resume_from_checkpoint", "latest")
 CURVES = ("loss", "c_over_rho", "loss_gap", "lr")
 
 
@@ -66,6 +81,8 @@ class Run:
             state = "starting" if process else "finished" if (self.path / LORA_FILE).is_file() else "failed"
         elif state in ("running", "finishing") and process is None:
             state = "stopped"
+        elif process and _time_of(self.path / PID_FILE) > _time_of(self.path / STATE_FILE):
+            state = "starting"  # resumed, and not heard of yet
         return {"state": state, "step": values.get("step"), "steps": values.get("steps"), "updated": self.updated()}
 
     def updated(self) -> float:
@@ -83,6 +100,18 @@ class Run:
             if isinstance(values, dict):
                 return values
         return {}
+
+    def command(self) -> str:
+        """The trainer's command that goes on with this run, for a terminal; empty if its configuration is not there."""
+        words = self._words()
+        return shlex.join(["accelerate", "launch", SCRIPT, *words, *RESUMED]) if words else ""
+
+    def _words(self) -> list[str]:
+        """The command line of this run; what it was asked for goes before what the trainer wrote of it."""
+        for name in (START_FILE, CONFIG_FILE):
+            if (self.path / name).is_file():
+                return ["--config", str(self.path / name), "--output_dir", str(self.path)]
+        return []
 
     def curves(self) -> list[dict[str, float | None]]:
         """A mapping a step: `step` and those of `CURVES` that were written; a line cut short is passed over."""
@@ -184,10 +213,36 @@ def start_run(folder: Path, name: str, words: Sequence[str]) -> Run:
     config = parse([*words, "--output_dir", str(path)])
     path.mkdir(parents=True)
     (path / START_FILE).write_text(to_yaml(config), encoding="utf-8")
-    process = launch(path, ["--config", str(path / START_FILE)])
+    run = Run(name, path)
+    _launch_and_forget(run, run._words())
+    return run
+
+
+def resume_run(run: Run) -> None:
+    """Goes on with a run that has ended too early, from its last checkpoint or, without one, from the start.
+
+    Raises:
+        UserError: it is at work or finished, or its configuration is gone or is none.
+    """
+    state, process = run.state()["state"], run.process()
+    if state == "interrupted" and process is not None:
+        with suppress(psutil.Error):
+            process.wait(MOST_SECONDS_OF_ENDING)  # all is written, and it is about to go
+    if run.process() is not None:
+        raise UserError(f"{run.name} is at work")
+    if state == "finished":
+        raise UserError(f"{run.name} is finished: for more steps run its command with a higher --max_train_steps")
+    words = [*run._words(), *RESUMED]
+    if words == [*RESUMED]:
+        raise UserError(f"{run.name} has no {CONFIG_FILE}: resume it with the command that started it")
+    parse(words)
+    _launch_and_forget(run, words)
+
+
+def _launch_and_forget(run: Run, words: Sequence[str]) -> None:
+    process = launch(run.path, words)
     # Until somebody has taken note of its end it would go on as a zombie.
-    threading.Thread(target=process.wait, name=f"run {name}", daemon=True).start()
-    return Run(name, path)
+    threading.Thread(target=process.wait, name=f"run {run.name}", daemon=True).start()
 
 
 def launch(path: Path, words: Sequence[str]) -> subprocess.Popen:

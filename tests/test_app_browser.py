@@ -17,7 +17,7 @@ from bilora_diffusion.generation.engine import Engine
 from bilora_diffusion.generation.png import read_settings
 from bilora_diffusion.generation.settings import PictureSettings
 from bilora_diffusion.grid import LABEL_PX, LEAST_SIDE_PX
-from bilora_diffusion.runs import list_runs
+from bilora_diffusion.runs import find_run, list_runs
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +352,16 @@ def test_a_run_is_started_watched_stopped_and_opened(server: Server, browser: Ca
     screenshot(page, "runs_live")
     page.click("#stop-run")
     wait_for(page, "#run-answer", "Stopping")
+    wait_for(page, "#run-status", "from_the_browser: interrupted")
+    stopped = find_run(server.outputs, "from_the_browser").state()["step"]
+    page.click("#resume-run")
+    wait_for(page, "#run-answer", "goes on from its last checkpoint")
+    page.click("#resume-run")
+    wait_for(page, "#run-answer", "is at work")
+    wait_for(page, "#run-status", "from_the_browser: running, step")
+    assert find_run(server.outputs, "from_the_browser").state()["step"] >= stopped
+    assert "--resume_from_checkpoint latest" in page.input_value("#run-command textarea")
+    page.click("#stop-run")
     wait_for(page, "#run-status", "from_the_browser: interrupted")
     page.wait_for_function("document.querySelector('#run-file input')?.value")
     page.click("#to-generate")

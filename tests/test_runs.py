@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from bilora_diffusion import checkpoint, run_folder, runs
 from bilora_diffusion.command_line import parse
 from bilora_diffusion.config import FLAGS
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.runs import LOG_FILE, START_FILE, Run, find_run, list_runs, start_run, stop_run
+from bilora_diffusion.runs import LOG_FILE, START_FILE, Run, find_run, list_runs, resume_run, start_run, stop_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +81,11 @@ def test_states(tmp_path: Path, trainer: subprocess.Popen) -> None:
     assert Run("e", tmp_path / "e").state()["state"] == "failed"
     (tmp_path / "e" / "start.pid").write_text(str(trainer.pid))
     assert Run("e", tmp_path / "e").state()["state"] == "starting"
+    resumed = write_run(tmp_path / "f", "interrupted")
+    assert resumed.state()["state"] == "interrupted"
+    (tmp_path / "f" / "start.pid").write_text(str(trainer.pid))
+    os.utime(tmp_path / "f" / "state.json", (time.time() - 1, time.time() - 1))
+    assert resumed.state()["state"] == "starting"
     (tmp_path / "d" / "state.json").write_text("{cut sho")
     assert alive.state()["state"] == "failed"
 
@@ -97,6 +103,32 @@ def test_a_process_that_took_the_number_over_is_left_alone(tmp_path: Path, train
 def test_stop(tmp_path: Path, trainer: subprocess.Popen) -> None:
     stop_run(write_run(tmp_path / "a", "running", pid=trainer.pid))
     assert trainer.wait(10) == -15
+
+
+def test_what_cannot_be_resumed(tmp_path: Path, trainer: subprocess.Popen) -> None:
+    with pytest.raises(UserError, match=r"is finished: for more steps .* --max_train_steps"):
+        resume_run(write_run(tmp_path / "a", "finished"))
+    with pytest.raises(UserError, match=r"is at work"):
+        resume_run(write_run(tmp_path / "b", "running", pid=trainer.pid))
+    bare = write_run(tmp_path / "c", "interrupted")
+    with pytest.raises(
+        UserError, match="--pretrained_model_name_or_path is missing"
+    ):  # its configuration is no whole one
+        resume_run(bare)
+    (bare.path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
+        resume_run(bare)
+    assert bare.command() == "" and not (bare.path / LOG_FILE).exists()
+
+
+def test_the_command_that_goes_on(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a b", "interrupted", pretrained_model_name_or_path="embedded", instance_data_dir="x")
+    launcher, verb, script, *words = shlex.split(run.command())
+    assert (launcher, verb) == ("accelerate", "launch") and (ROOT / script).is_file()
+    config = parse(words)
+    assert (config.output_dir, config.method, config.resume_from_checkpoint) == (str(run.path), "bilora", "latest")
+    (run.path / START_FILE).write_text((run.path / "config.yaml").read_text().replace("bilora", "lora"))
+    assert parse(shlex.split(run.command())[3:]).method == "lora"
 
 
 def test_curves_leave_out_what_is_broken(tmp_path: Path) -> None:

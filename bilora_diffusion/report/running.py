@@ -11,13 +11,12 @@ from bilora_diffusion.atomic import write_text_atomically
 from bilora_diffusion.config import to_yaml
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.report.plan import Training
-from bilora_diffusion.runs import LOG_FILE, START_FILE, Run, launch
+from bilora_diffusion.runs import LOG_FILE, RESUMED, START_FILE, Run, launch
 
 __all__ = ["Process", "run_all"]
 
 LOOK_EVERY_SECONDS = 0.3
 INTERRUPTED = 130
-RESUME = ("--resume_from_checkpoint", "latest")
 
 
 class Process(Protocol):
@@ -82,7 +81,7 @@ def _train(training: Training, label: str, start: Start) -> None:
     except OSError as error:
         raise UserError(f"--output_dir {training.folder.parent} cannot be written: {error.strerror}") from error
     write_text_atomically(training.folder / START_FILE, to_yaml(training.config))
-    process = start(training.folder, [*training.words, *(RESUME if resumed else ())])
+    process = start(training.folder, [*training.words, *(RESUMED if resumed else ())])
     try:
         code = _follow(process, run, label)
     except KeyboardInterrupt:
