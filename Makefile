@@ -52,7 +52,7 @@ benchmark-quality: setup  ## all methods on the embedded base: hours on two core
 
 report: setup  ## train LoRA and Bi-LoRA on the 3D icons with three seeds, measure them, write outputs/report/report.html
 	$(BIN)/python -m bilora_diffusion.report --config configs/quickstart.yaml --max_train_steps 250 --checkpointing_steps 50 \
-		--guidance_scale 2 --output_dir outputs/report $(ARGS)
+		--output_dir outputs/report $(ARGS)
 
 report-picture: setup  ## take the README's picture of a report again, from what `make report` wrote
 	PYTHONPATH=. $(BIN)/python tests/report_picture.py

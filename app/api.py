@@ -22,7 +22,7 @@ def add_api(services: Services) -> None:
         negative_prompt: str = "",
         loras: list[dict] | None = None,
         steps: int = 20,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         width: int | None = None,
         height: int | None = None,
         scheduler: str = DEFAULT_SCHEDULER,

@@ -22,7 +22,7 @@ from bilora_diffusion.generation.comparison import (
     Sweep,
 )
 from bilora_diffusion.generation.png import read_settings
-from bilora_diffusion.generation.settings import FIELDS, SCHEDULERS, PictureSettings
+from bilora_diffusion.generation.settings import FIELDS, SCHEDULERS, PictureSettings, usual_guidance
 
 __all__ = ["CompareTab"]
 
@@ -76,7 +76,9 @@ class CompareTab:
             fields["negative_prompt"] = gr.Textbox("", label="Negative prompt")
             fields["base"] = gr.Dropdown(self.services.bases, value=self.services.bases[0], label="Base")
             fields["steps"] = gr.Slider(1, 150, FIELDS["steps"].default, step=1, label="Steps", elem_id="compare-steps")
-            fields["guidance_scale"] = gr.Slider(0, 30, FIELDS["guidance_scale"].default, step=0.5, label="Guidance")
+            fields["guidance_scale"] = gr.Slider(
+                0, 30, usual_guidance(self.services.bases[0]), step=0.5, label="Guidance"
+            )
             with gr.Row():
                 fields["width"] = gr.Number(0, label="Width (px)", info="0: the base's", min_width=90)
                 fields["height"] = gr.Number(0, label="Height (px)", info="0: the base's", min_width=90)
@@ -120,6 +122,7 @@ class CompareTab:
             **hidden,
         ).then(self.slide, [self.result, *picks], self.slider, **hidden)
         gr.on([pick.input for pick in picks], self.slide, [self.result, *picks], self.slider, **hidden)
+        self.fields["base"].input(usual_guidance, self.fields["base"], self.fields["guidance_scale"], **hidden)
         self.cancel.click(self.stop, queue=False, **hidden)
         self.refresh.click(self.renew_choices, outputs=files, **hidden)
         self.file.upload(self.take_settings, self.file, [self.status, *self.everything], **hidden)

@@ -13,7 +13,7 @@ from app.choices import chosen_loras, lora_choices, lora_slot
 from app.services import Picture, Services, Tell
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.generation.png import read_settings
-from bilora_diffusion.generation.settings import FIELDS, MOST_PICTURES, SCHEDULERS, PictureSettings
+from bilora_diffusion.generation.settings import FIELDS, MOST_PICTURES, SCHEDULERS, PictureSettings, usual_guidance
 
 __all__ = ["GenerateTab"]
 
@@ -72,7 +72,9 @@ class GenerateTab:
         fields = self.fields
         with gr.Accordion("Settings", open=True):
             fields["steps"] = gr.Slider(1, 150, FIELDS["steps"].default, step=1, label="Steps", elem_id="steps")
-            fields["guidance_scale"] = gr.Slider(0, 30, FIELDS["guidance_scale"].default, step=0.5, label="Guidance")
+            fields["guidance_scale"] = gr.Slider(
+                0, 30, usual_guidance(self.services.bases[0]), step=0.5, label="Guidance"
+            )
             with gr.Row(equal_height=True):
                 fields["seed"] = gr.Number(0, label="Seed", min_width=120, elem_id="seed")
                 self.dice = gr.Button("Random seed", size="sm", min_width=120, elem_id="dice")
@@ -105,6 +107,7 @@ class GenerateTab:
         files = [slot.file for slot in self.slots]
         self.everything = [*(self.fields[name] for name in NAMES), *pairs]
         self.start.click(self.generate, self.everything, [self.status, self.gallery], concurrency_limit=None, **hidden)
+        self.fields["base"].input(usual_guidance, self.fields["base"], self.fields["guidance_scale"], **hidden)
         self.cancel.click(self.stop, queue=False, **hidden)
         self.dice.click(lambda: random.randrange(2**32), outputs=self.fields["seed"], queue=False, **hidden)
         self.refresh.click(self.renew_choices, outputs=files, **hidden)

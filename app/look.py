@@ -22,7 +22,9 @@ CSS = """
 .comparison th { text-align: left; padding: 0.4rem; color: var(--body-text-color); }
 .comparison th.row-label { font-weight: 400; opacity: 0.75; padding-top: 0.8rem; overflow-wrap: anywhere; }
 .comparison td { padding: 0.25rem 0.4rem; vertical-align: top; }
-.comparison img { width: 100%; border-radius: 8px; display: block; }
+.comparison img { width: 100%; border-radius: 8px; display: block; cursor: zoom-in; }
+.comparison img.large { position: fixed; inset: 0; width: 100vw; height: 100vh; height: 100dvh; z-index: 1000;
+  object-fit: contain; border-radius: 0; background: #111e; cursor: zoom-out; }
 .facts, .numbers { display: grid; grid-template-columns: minmax(4.5rem, auto) 1fr; gap: 0.15rem 0.6rem;
   font-size: 0.8rem; margin: 0.4rem 0; }
 .facts dt, .numbers dt { color: var(--body-text-color); opacity: 0.7; }
@@ -61,6 +63,27 @@ document.addEventListener("keydown", (event) => {
   const button = [...document.querySelectorAll("#generate-button, #compare-button")]
     .find((one) => one.offsetParent !== null);
   if (button) { event.preventDefault(); document.activeElement.blur(); setTimeout(() => button.click(), 50); }
+}, true);
+const large = () => document.querySelector(".comparison img.large");
+document.addEventListener("click", (event) => {
+  const open = large(), picture = event.target.closest?.(".comparison img");
+  if (open) open.classList.remove("large");
+  else if (picture) picture.classList.add("large");
+}, true);
+document.addEventListener("keydown", (event) => {
+  // The same place on the screen for each column of a row: differences jump to the eye.
+  const open = large();
+  if (!open) return;
+  if (event.key === "Escape") open.classList.remove("large");
+  const columns = open.closest("tr").children.length;
+  const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
+  if (!by) return;
+  event.preventDefault();
+  const pictures = [...document.querySelectorAll(".comparison img")];
+  const next = pictures[pictures.indexOf(open) + by];
+  if (!next) return;
+  open.classList.remove("large");
+  next.classList.add("large");
 }, true);
 document.addEventListener("click", (event) => {
   // On a phone the answer stands far below the button.

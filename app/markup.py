@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,7 +15,9 @@ from bilora_diffusion.lora_files.description import METHOD_TITLES
 
 __all__ = ["comparison_table", "error", "facts_card", "note", "progress", "table"]
 
-CELL_PX = 320
+CELL_PX = (320, 1024)
+MOST_TABLE_PIXELS = 24e6
+"""Pictures of a table are as large as they may be enlarged to: a side in `CELL_PX`, so many pixels in all."""
 PREVIEW_PX = 256
 FIRST_FACTS = ("method", "rank", "alpha")
 """What comes before the method's own settings, of which each method has others."""
@@ -105,10 +108,12 @@ def comparison_table(
     """The pictures under their titles, and under them each column's numbers and facts."""
     head = "".join(f"<th scope=col>{escape(title)}</th>" for title in titles)
     body = []
+    fair = math.isqrt(int(MOST_TABLE_PIXELS / max(1, len(titles) * len(rows))))
+    side = max(CELL_PX[0], min(CELL_PX[1], fair))
     for label, row in zip(rows, cells, strict=True):
         if label:
             body.append(f'<tr><th class="row-label" colspan="{len(titles)}" scope=row>{escape(label)}</th></tr>')
-        pictures = "".join(_cell(path, f"{title}: {label}") for path, title in zip(row, titles, strict=True))
+        pictures = "".join(_cell(path, f"{title}: {label}", side) for path, title in zip(row, titles, strict=True))
         body.append(f"<tr>{pictures}</tr>")
     numbers = "".join(f"<td>{_numbers(column['measures'])}</td>" for column in columns)
     facts = "".join(f"<td>{facts_card(column['loras'])}</td>" for column in columns)
@@ -119,9 +124,9 @@ def comparison_table(
     )
 
 
-def _cell(path: Path, alt: str) -> str:
+def _cell(path: Path, alt: str, side: int) -> str:
     with Image.open(path) as picture:
-        return f'<td><img src="{_data_uri(picture, CELL_PX)}" alt="{escape(alt)}"></td>'
+        return f'<td><img src="{_data_uri(picture, side)}" alt="{escape(alt)}"></td>'
 
 
 def _numbers(measures: Sequence[Mapping[str, Any]]) -> str:

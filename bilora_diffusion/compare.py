@@ -111,7 +111,10 @@ def compare(
             cells[-1].append(known[key])
             finished(row_number, number, known[key])
     first = cells[0][0].settings
-    settings = replace(settings, shared=replace(settings.shared, width=first.width, height=first.height))
+    shared = replace(settings.shared, width=first.width, height=first.height)
+    if shared.guidance_scale is None:
+        shared = replace(shared, guidance_scale=first.guidance_scale)
+    settings = replace(settings, shared=shared)
     measures = _measures(settings, paths, cells, judge)
     return Comparison(settings, titles, [row.label for row in rows], cells, measures)
 

@@ -22,6 +22,7 @@ from bilora_diffusion.embedded.icons import SOLID_STYLE, slug
 from bilora_diffusion.embedded.lists import LIKE_THE_PAPER
 from bilora_diffusion.embedded.words import concept_caption
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.generation.settings import usual_guidance
 from bilora_diffusion.grid import Column, grid
 from bilora_diffusion.lora_files.description import METHOD_TITLES
 from bilora_diffusion.run_folder import CONFIG_FILE, DIFFUSERS_FILE, KOHYA_FILE
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="1 is none")
+    parser.add_argument("--guidance_scale", type=float, help="1 is none; default: 5, and 2 on the embedded base")
     arguments = parser.parse_args(argv)
     try:
         for flag in ("count", "steps"):
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, steps: int, guidance_scale: float) -> Path:
+def draw(
+    folders: Sequence[Path], prompts: Sequence[str] | None, count: int, steps: int, guidance_scale: float | None
+) -> Path:
     """Writes the grid of finished runs and returns its path.
 
     Raises:
@@ -77,6 +80,7 @@ def draw(folders: Sequence[Path], prompts: Sequence[str] | None, count: int, ste
         if any(other[name] != config[name] for other in configs):
             raise UserError(f"the runs differ in --{name}: give runs of one base and one resolution")
     base = Base.from_flags(config)
+    guidance_scale = usual_guidance(base.name) if guidance_scale is None else guidance_scale
     names = (*TRAINED_ON, *LIKE_THE_PAPER) if base.name == EMBEDDED and prompts is None else ()
     prompts = [concept_caption(name) for name in names] or prompts or [config["instance_prompt"] or ""]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -289,7 +289,24 @@ def test_it_reads_well(scheme: str, size: dict, server: Server, browser: Callabl
     page.locator("#slider img").nth(0).wait_for()
     screenshot(page, f"compare_{scheme}_{size['width']}")
     fits(page)
+    a_picture_is_enlarged(page, f"compare_large_{scheme}_{size['width']}")
     page.context.close()
+
+
+def a_picture_is_enlarged(page, name: str) -> None:
+    """It fills the window; the arrow keys go to its neighbours and no farther, Escape ends it."""
+    pictures, large = page.locator(".comparison img"), page.locator(".comparison img.large")
+    pictures.nth(0).click()
+    box, window = large.bounding_box(), page.viewport_size
+    assert (box["x"], box["y"]) == (0, 0)
+    assert (box["width"], box["height"]) == pytest.approx((window["width"], window["height"]), abs=16)
+    screenshot(page, name)
+    page.keyboard.press("ArrowLeft")
+    assert large.get_attribute("src") == pictures.nth(0).get_attribute("src")
+    page.keyboard.press("ArrowRight")
+    assert large.count() == 1 and large.get_attribute("src") == pictures.nth(1).get_attribute("src")
+    page.keyboard.press("Escape")
+    assert large.count() == 0
 
 
 def fits(page) -> None:

@@ -18,7 +18,7 @@ from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.generation.forming import forming_picture, predicted_latents
 from bilora_diffusion.generation.loras import activate, load_adapter, remove_adapter
-from bilora_diffusion.generation.settings import DEFAULT_SCHEDULER, SCHEDULERS, PictureSettings
+from bilora_diffusion.generation.settings import DEFAULT_SCHEDULER, SCHEDULERS, PictureSettings, usual_guidance
 from bilora_diffusion.generation.turns import Cancelled
 from bilora_diffusion.sampling import sample_pictures, use_sampling_scheduler
 
@@ -120,7 +120,10 @@ class Engine:
         cancelled = cancelled or threading.Event()
         pipeline = self.load()
         side = self.native_resolution
-        settings = replace(settings, width=settings.width or side, height=settings.height or side)
+        guidance = usual_guidance(self.base.name) if settings.guidance_scale is None else settings.guidance_scale
+        settings = replace(
+            settings, width=settings.width or side, height=settings.height or side, guidance_scale=guidance
+        )
         self.use(loras)
         self._use_scheduler(settings.scheduler)
         drawn = []

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from bilora_diffusion.embedded import EMBEDDED
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import Flag, Range, checked, flag, flag_of, nearest, show
 
@@ -19,6 +20,7 @@ __all__ = [
     "PictureSettings",
     "loras_from_json",
     "read_fields",
+    "usual_guidance",
 ]
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,8 +64,11 @@ class PictureSettings:
     prompt: str = flag("", "what to draw", group="Picture", may_be_empty=True)
     negative_prompt: str = flag("", "what to keep away from", group="Picture", may_be_empty=True)
     steps: int = flag(20, "denoising steps", group="Picture", within=Range(1, 150))
-    guidance_scale: float = flag(
-        5.0, "how much the prompt counts; 1 is no guidance", group="Picture", within=Range(0, 30)
+    guidance_scale: float | None = flag(
+        None,
+        "how much the prompt counts; 1 is no guidance; unset: 5, and 2 on the embedded base",
+        group="Picture",
+        within=Range(0, 30),
     )
     width: int | None = flag(
         None, "in pixels; unset: what the base was made for", group="Picture", within=Range(64, 2048, multiple_of=8)
@@ -100,6 +105,12 @@ class PictureSettings:
     def to_json(self) -> dict[str, Any]:
         """As `from_json` takes them."""
         return dataclasses.asdict(self) | {"loras": [dataclasses.asdict(lora) for lora in self.loras]}
+
+
+def usual_guidance(base: str | None) -> float:
+    """What an unset `guidance_scale` means: the pipeline's own 5, and 2 on the embedded base, whose 3D shading more
+    guidance flattens."""
+    return 2.0 if base == EMBEDDED else 5.0
 
 
 FIELDS: dict[str, Flag] = {

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--draws", type=int, default=64, help="of picture, timestep and noise, for each loss [64]")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of a picture [20]")
-    parser.add_argument("--guidance_scale", type=float, default=5.0, help="of a picture; 1 is none [5]")
+    parser.add_argument("--guidance_scale", type=float, help="of a picture; 1 is none [5; 2 on the embedded base]")
     parser.add_argument("--clip", help="a CLIP (folder or hub id) to measure copying with, on bases but embedded")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/report"), help="[outputs/report]")
     return parser

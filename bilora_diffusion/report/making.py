@@ -21,7 +21,7 @@ from bilora_diffusion.data.pictures import Picture
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.generation.engine import Engine, LoraFile
-from bilora_diffusion.generation.settings import PictureSettings
+from bilora_diffusion.generation.settings import PictureSettings, usual_guidance
 from bilora_diffusion.measures import Judge, judge_for, measure
 from bilora_diffusion.report.contents import contents
 from bilora_diffusion.report.drawing import (
@@ -74,7 +74,7 @@ class Options:
     hold_out: int | None = None
     draws: int = 64
     steps: int = 20
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     clip: str | None = None
     command: str = ""
 
@@ -131,7 +131,11 @@ def _set_up(options: Options, config: TrainingConfig) -> Setting:
     resolution = config.resolution or base.native_resolution()
     side = resolution if resolution >= SMALLEST_DRAWN_PX else None
     shared = PictureSettings(
-        steps=options.steps, guidance_scale=options.guidance_scale, width=side, height=side, base=base.shared_name
+        steps=options.steps,
+        guidance_scale=usual_guidance(base.name) if options.guidance_scale is None else options.guidance_scale,
+        width=side,
+        height=side,
+        base=base.shared_name,
     )
     prompts = options.prompts or tuple(filter(None, [config.validation_prompt or config.instance_prompt]))
     return Setting(
