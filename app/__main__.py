@@ -1,6 +1,7 @@
 """`python -m app`: opens the app; `--help` lists what it can be told."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         error.tell()
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that its temporary folder goes with it
     blocks.block_thread()
     return 0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.services import Services
+from app.services import UPLOADS, Services
 from bilora_diffusion.generation.settings import LoraUse
 from bilora_diffusion.lora_files.description import LoraDescription
 
@@ -19,22 +19,22 @@ NO_LORA = ("no LoRA", "")
 @dataclass(frozen=True)
 class LoraSlot:
     file: gr.Dropdown
-    weight: gr.Slider
+    weight: gr.Number
 
 
 def lora_slot(
     services: Services, label: str, value: str = "", first: Sequence[tuple[str, str]] = (NO_LORA,)
 ) -> LoraSlot:
-    """A dropdown of files and a weight, side by side.
+    """A dropdown of files and a weight, side by side. The names are long: the weight takes no more than it needs.
 
     Arguments:
         first: choices before the files.
     """
     with gr.Row(equal_height=True):
         file = gr.Dropdown(
-            [*first, *lora_choices(services, with_none=False)], value=value, label=label, min_width=160, scale=3
+            [*first, *lora_choices(services, with_none=False)], value=value, label=label, min_width=160, scale=5
         )
-        weight = gr.Slider(-2, 2, 1, step=0.05, label="Weight", min_width=160, scale=2)
+        weight = gr.Number(1, step=0.05, label="Weight", min_width=90, scale=1)
     return LoraSlot(file, weight)
 
 
@@ -55,10 +55,11 @@ def chosen_loras(values: Sequence[Any]) -> tuple[LoraUse, ...]:
 
 
 def newest_of_method(services: Services, method: str) -> str | None:
-    """The newest file, in diffusers' layout, that says it was trained so."""
+    """The newest file, in diffusers' layout, that says it was trained so, and not on another base than the first."""
     for name in services.files.names():
         description = services.files.describe(name)
-        if description.method == method and description.layout == "diffusers":
+        fits = description.facts.get("base") in (None, services.bases[0]) and not name.startswith(f"{UPLOADS}/")
+        if fits and description.method == method and description.layout == "diffusers":
             return name
     return None
 

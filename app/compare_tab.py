@@ -1,6 +1,5 @@
 """The Compare tab: base | LoRA | Bi-LoRA, or any files, with the same prompts and seeds."""
 
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from bilora_diffusion.generation.comparison import (
     ComparedColumn,
     ComparisonSettings,
     Sweep,
+    read_comparison,
 )
-from bilora_diffusion.generation.png import read_settings
 from bilora_diffusion.generation.settings import FIELDS, SCHEDULERS, PictureSettings, usual_guidance
 
 __all__ = ["CompareTab"]
@@ -50,6 +49,9 @@ class CompareTab:
     def _lay_out_inputs(self) -> None:
         self.prompts = gr.Textbox("", label="Prompts, one a line", lines=3, elem_id="compare-prompts")
         self.seeds = gr.Textbox("0", label="Seeds, with commas", elem_id="compare-seeds")
+        with gr.Row():
+            self.start = gr.Button("Compare", variant="primary", elem_id="compare-button", min_width=120)
+            self.cancel = gr.Button("Cancel", variant="stop", elem_id="compare-cancel", min_width=120)
         starts = enumerate(self.starts(), start=1)
         self.slots = [lora_slot(self.services, f"Column {number}", start, FIRST_CHOICES) for number, start in starts]
         with gr.Accordion("Sweep", open=False):
@@ -59,12 +61,9 @@ class CompareTab:
             )
         self._lay_out_settings()
         with gr.Row():
-            self.start = gr.Button("Compare", variant="primary", elem_id="compare-button", min_width=120)
-            self.cancel = gr.Button("Cancel", variant="stop", elem_id="compare-cancel", min_width=120)
-        with gr.Row():
             self.refresh = gr.Button("Refresh the lists", size="sm", min_width=120)
         self.file = gr.File(
-            label="Drop a comparison's JSON or PNG to take its settings over",
+            label="Drop a comparison's JSON or PNG, anywhere, to take its settings over",
             file_types=[".json", ".png"],
             height=120,
             elem_id="compare-file",
@@ -105,6 +104,7 @@ class CompareTab:
             with gr.Row():
                 self.grid_file = gr.DownloadButton("Download the table as PNG", size="sm", elem_id="download-png")
                 self.json_file = gr.DownloadButton("Download the settings as JSON", size="sm", elem_id="download-json")
+        self.facts = gr.HTML(elem_id="comparison-facts")
 
     def _connect(self) -> None:
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
@@ -117,7 +117,7 @@ class CompareTab:
         self.start.click(
             self.compare,
             self.everything,
-            [self.status, self.table, self.result, self.after, *picks, self.grid_file, self.json_file],
+            [self.status, self.table, self.facts, self.result, self.after, *picks, self.grid_file, self.json_file],
             concurrency_limit=None,
             **hidden,
         ).then(self.slide, [self.result, *picks], self.slider, **hidden)
@@ -125,7 +125,7 @@ class CompareTab:
         self.fields["base"].input(usual_guidance, self.fields["base"], self.fields["guidance_scale"], **hidden)
         self.cancel.click(self.stop, queue=False, **hidden)
         self.refresh.click(self.renew_choices, outputs=files, **hidden)
-        self.file.upload(self.take_settings, self.file, [self.status, *self.everything], **hidden)
+        self.file.upload(self.take_settings, self.file, [self.status, self.file, *self.everything], **hidden)
 
     def compare(self, request: gr.Request, *values: Any) -> Iterator[tuple]:
         """Yields everything that shows the result."""
@@ -133,16 +133,17 @@ class CompareTab:
         def work(tell: Tell, cancelled: threading.Event) -> Compared:
             return self.services.compare(settings_from(values), tell, cancelled)
 
-        for shown, result in self.services.shown(request.session_hash, work):
+        for shown, result in self.services.shown(_session(request), work):
             if result is None:
-                yield shown, *(gr.skip() for _ in range(8))
+                yield shown, *(gr.skip() for _ in range(9))
                 continue
             rows = [label or "the one row" for label in result.rows]
             rows = [f"{number + 1}. {label}" for number, label in enumerate(rows)]
             titles = [f"{number + 1}. {title}" for number, title in enumerate(result.titles)]
             yield (
-                markup.note(f"Done: {len(rows) * len(titles)} pictures."),
+                markup.note(f"Done: {len(rows) * len(titles)} pictures. {markup.left_out(result.left_out)}"),
                 markup.comparison_table(result.titles, result.rows, result.cells, result.columns),
+                markup.facts_table(result.titles, result.columns),
                 result.cells,
                 gr.update(visible=True),
                 gr.update(choices=rows, value=rows[0]),
@@ -160,7 +161,7 @@ class CompareTab:
 
     def stop(self, request: gr.Request) -> None:
         """Ends the comparison of this browser."""
-        self.services.cancellations.cancel(request.session_hash)
+        self.services.cancellations.cancel(_session(request))
 
     def starts(self) -> list[str]:
         """What the columns begin with: base, the newest plain LoRA, the newest Bi-LoRA; at least two columns."""
@@ -180,12 +181,12 @@ class CompareTab:
         return [gr.update(choices=choices) for _ in self.slots]
 
     def take_settings(self, path: str | None) -> list:
-        """Fills the form from a comparison's JSON or PNG."""
+        """Fills the form from a comparison's JSON or PNG, and empties the box for the next one."""
         try:
             settings = read_comparison(Path(path or ""))
-            return [markup.note(f"These are the settings of {Path(path or '').name}."), *self.shown(settings)]
+            return [markup.note(f"These are the settings of {Path(path or '').name}."), None, *self.shown(settings)]
         except UserError as error:
-            return [markup.error(str(error)), *(gr.skip() for _ in self.everything)]
+            return [markup.error(str(error)), None, *(gr.skip() for _ in self.everything)]
 
     def shown(self, settings: ComparisonSettings) -> list:
         """The values of the tab's components for settings.
@@ -198,6 +199,11 @@ class CompareTab:
             raise UserError(f"the comparison is of the base {base}: start the app with --base for it")
         if any(len(column.loras) > 1 for column in settings.columns):
             raise UserError("a column has several LoRAs, the form has one for each: use the command line or the API")
+        if any(column.label for column in settings.columns) or any("\n" in prompt for prompt in settings.prompts):
+            raise UserError(
+                "the comparison has labels or prompts of several lines, for which the form has no place: use the "
+                "command line or the API"
+            )
         choices = [*FIRST_CHOICES, *lora_choices(self.services, with_none=False)]
         pairs: list[Any] = []
         for number in range(len(self.slots)):
@@ -217,6 +223,11 @@ class CompareTab:
             *(shared[name] if shared[name] is not None else 0 for name in SHARED),
             *pairs,
         ]
+
+
+def _session(request: gr.Request) -> str:
+    """Of this browser in this tab: each tab cancels its own."""
+    return f"{request.session_hash} compare"
 
 
 def settings_from(values: Sequence[Any]) -> ComparisonSettings:
@@ -271,24 +282,6 @@ def _number(text: str, name: str) -> Any:
         if name == "seed":
             raise UserError(f"a seed is {show(text.strip())}: it must be {FIELDS['seed'].allowed}") from None
         return text
-
-
-def read_comparison(path: Path) -> ComparisonSettings:
-    """From what the download buttons gave.
-
-    Raises:
-        UserError: another file, or one that was changed wrongly.
-    """
-    if path.suffix.lower() == ".png":
-        values = read_settings(path).get("comparison")
-        if values is None:
-            raise UserError(f"{path.name} is one picture, no table: drop it on the Generate tab")
-    else:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            raise UserError(f"{path.name} is not valid JSON") from None
-    return ComparisonSettings.from_json(values)
 
 
 def _enlarged(path: Path) -> Image.Image:

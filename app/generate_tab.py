@@ -18,6 +18,7 @@ from bilora_diffusion.generation.settings import FIELDS, MOST_PICTURES, SCHEDULE
 __all__ = ["GenerateTab"]
 
 SLOTS = 3
+RANDOM_SEED = -1
 NAMES = (
     "prompt",
     "negative_prompt",
@@ -54,6 +55,9 @@ class GenerateTab:
         services, fields = self.services, self.fields
         fields["prompt"] = gr.Textbox("", label="Prompt", lines=3, elem_id="prompt", placeholder="Ctrl-Enter generates")
         fields["negative_prompt"] = gr.Textbox("", label="Negative prompt", elem_id="negative-prompt")
+        with gr.Row():
+            self.start = gr.Button("Generate", variant="primary", elem_id="generate-button", min_width=120)
+            self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel-button", min_width=120)
         fields["base"] = gr.Dropdown(services.bases, value=services.bases[0], label="Base")
         self.slots = [lora_slot(services, "LoRA")]
         with gr.Accordion("More LoRAs", open=False):
@@ -64,9 +68,6 @@ class GenerateTab:
             )
             self.refresh = gr.Button("Refresh the lists", size="sm", min_width=120)
         self._lay_out_settings()
-        with gr.Row():
-            self.start = gr.Button("Generate", variant="primary", elem_id="generate-button", min_width=120)
-            self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel-button", min_width=120)
 
     def _lay_out_settings(self) -> None:
         fields = self.fields
@@ -75,8 +76,8 @@ class GenerateTab:
             fields["guidance_scale"] = gr.Slider(
                 0, 30, usual_guidance(self.services.bases[0]), step=0.5, label="Guidance"
             )
-            with gr.Row(equal_height=True):
-                fields["seed"] = gr.Number(0, label="Seed", min_width=120, elem_id="seed")
+            with gr.Row():
+                fields["seed"] = gr.Number(0, label="Seed", info="-1: a random one", min_width=120, elem_id="seed")
                 self.dice = gr.Button("Random seed", size="sm", min_width=120, elem_id="dice")
             fields["pictures"] = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures", elem_id="pictures")
             with gr.Row():
@@ -98,7 +99,10 @@ class GenerateTab:
         with gr.Accordion("What the LoRAs say of themselves", open=False):
             self.facts = gr.HTML(markup.facts_card([]), elem_id="facts")
         self.png = gr.File(
-            label="Drop a PNG made here to take its settings over", file_types=[".png"], height=140, elem_id="png"
+            label="Drop a PNG made here, anywhere, to take its settings over",
+            file_types=[".png"],
+            height=140,
+            elem_id="png",
         )
 
     def _connect(self) -> None:
@@ -111,8 +115,10 @@ class GenerateTab:
         self.cancel.click(self.stop, queue=False, **hidden)
         self.dice.click(lambda: random.randrange(2**32), outputs=self.fields["seed"], queue=False, **hidden)
         self.refresh.click(self.renew_choices, outputs=files, **hidden)
-        self.upload.upload(self.take_upload, [self.upload, *files], [self.status, *files], **hidden)
-        self.png.upload(self.take_settings, self.png, [self.status, *self.everything], **hidden)
+        self.upload.upload(
+            self.take_upload, [self.upload, self.fields["base"], *files], [self.status, *files], **hidden
+        )
+        self.png.upload(self.take_settings, self.png, [self.status, self.png, *self.everything], **hidden)
         gr.on([file.change for file in files], self.describe, files, self.facts, **hidden)
 
     def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple]:
@@ -121,17 +127,21 @@ class GenerateTab:
         def work(tell: Tell, cancelled: threading.Event) -> list[Picture]:
             return self.services.generate(settings_from(values), tell, cancelled)
 
-        for shown, drawn in self.services.shown(request.session_hash, work):
+        wanted = values[NAMES.index("pictures")]
+        for shown, drawn in self.services.shown(_session(request), work):
             if drawn is None:
                 yield shown, gr.skip()
             else:
                 seeds = [one.settings["seed"] for one in drawn]
                 pictures = [(str(one.path), f"seed {seed}") for one, seed in zip(drawn, seeds, strict=True)]
-                yield markup.note(f"Done: seed {', '.join(map(str, seeds))}."), pictures
+                state = "Done" if len(drawn) == wanted else f"Cancelled after {len(drawn)} of {wanted}"
+                text = f"{state}: seed {', '.join(map(str, seeds))}. {markup.left_out([drawn[0].left_out])}"
+                # One picture alone is shown whole, several as a grid.
+                yield markup.note(text), gr.update(value=pictures, selected_index=0 if len(pictures) == 1 else None)
 
     def stop(self, request: gr.Request) -> None:
         """Ends the pictures of this browser."""
-        self.services.cancellations.cancel(request.session_hash)
+        self.services.cancellations.cancel(_session(request))
 
     def opened(self) -> list[dict]:
         """For a page that is opened: as `renew_choices`."""
@@ -148,10 +158,10 @@ class GenerateTab:
         except UserError as error:
             return markup.error(str(error))
 
-    def take_upload(self, path: str | None, *files: str) -> list:
-        """Puts an uploaded file into the first slot that is free."""
+    def take_upload(self, path: str | None, base: str, *files: str) -> list:
+        """Puts an uploaded file into the first slot that is free, if it fits the base."""
         try:
-            name = self.services.add_upload(Path(path or ""), Path(path or "").name)
+            name = self.services.add_upload(Path(path or ""), Path(path or "").name, base)
         except UserError as error:
             return [markup.error(str(error)), *(gr.skip() for _ in files)]
         free = next((number for number, file in enumerate(files) if not file), len(files) - 1)
@@ -160,12 +170,12 @@ class GenerateTab:
         return [markup.note(f"Uploaded {name}."), *(gr.update(choices=choices, value=value) for value in values)]
 
     def take_settings(self, path: str | None) -> list:
-        """Fills the form from a PNG."""
+        """Fills the form from a PNG, and empties the box for the next one."""
         try:
             settings = PictureSettings.from_json(read_settings(Path(path or "")))
-            return [markup.note(f"These are the settings of {Path(path or '').name}."), *self.shown(settings)]
+            return [markup.note(f"These are the settings of {Path(path or '').name}."), None, *self.shown(settings)]
         except UserError as error:
-            return [markup.error(str(error)), *(gr.skip() for _ in self.everything)]
+            return [markup.error(str(error)), None, *(gr.skip() for _ in self.everything)]
 
     def shown(self, settings: PictureSettings) -> list:
         """The values of the tab's components for settings.
@@ -188,6 +198,11 @@ class GenerateTab:
         return [*(values[name] if values[name] is not None else 0 for name in NAMES), *pairs]
 
 
+def _session(request: gr.Request) -> str:
+    """Of this browser in this tab: each tab cancels its own."""
+    return f"{request.session_hash} generate"
+
+
 def settings_from(values: Sequence[Any]) -> PictureSettings:
     """From the values of the tab's components.
 
@@ -196,4 +211,6 @@ def settings_from(values: Sequence[Any]) -> PictureSettings:
     """
     own = dict(zip(NAMES, values[: len(NAMES)], strict=True))
     own |= {name: own[name] or None for name in ("width", "height")}
+    if own["seed"] == RANDOM_SEED:
+        own["seed"] = random.randrange(2**32)
     return PictureSettings(**own, loras=chosen_loras(values[len(NAMES) :]))

@@ -64,6 +64,22 @@ document.addEventListener("keydown", (event) => {
     .find((one) => one.offsetParent !== null);
   if (button) { event.preventDefault(); document.activeElement.blur(); setTimeout(() => button.click(), 50); }
 }, true);
+document.addEventListener("dragover", (event) => {
+  if (event.dataTransfer?.types.includes("Files")) event.preventDefault();
+});
+document.addEventListener("drop", (event) => {
+  // Anywhere on the page; a browser would leave it and show the file.
+  const file = event.dataTransfer?.files[0];
+  if (!file || event.defaultPrevented) return;
+  event.preventDefault();
+  const box = [...document.querySelectorAll("#png, #compare-file")].find((one) => one.offsetParent !== null);
+  const input = box?.querySelector("input[type=file]");
+  if (!input) return;
+  const given = new DataTransfer();
+  given.items.add(file);
+  input.files = given.files;
+  input.dispatchEvent(new Event("change", { bubbles: true }));
+});
 const large = () => document.querySelector(".comparison img.large");
 document.addEventListener("click", (event) => {
   const open = large(), picture = event.target.closest?.(".comparison img");

@@ -13,12 +13,13 @@ from PIL import Image
 from app.running import Status
 from bilora_diffusion.lora_files.description import METHOD_TITLES
 
-__all__ = ["comparison_table", "error", "facts_card", "note", "progress", "table"]
+__all__ = ["comparison_table", "error", "facts_card", "facts_table", "left_out", "note", "progress", "table"]
 
 CELL_PX = (320, 1024)
 MOST_TABLE_PIXELS = 24e6
 """Pictures of a table are as large as they may be enlarged to: a side in `CELL_PX`, so many pixels in all."""
 PREVIEW_PX = 256
+MOST_LEFT_OUT = 200
 FIRST_FACTS = ("method", "rank", "alpha")
 """What comes before the method's own settings, of which each method has others."""
 FACT_TITLES = {
@@ -105,7 +106,7 @@ def table(rows: Sequence[Mapping[str, str]], empty: str) -> str:
 def comparison_table(
     titles: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[Path]], columns: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The pictures under their titles, and under them each column's numbers and facts."""
+    """The pictures under their titles, and under them each column's numbers."""
     head = "".join(f"<th scope=col>{escape(title)}</th>" for title in titles)
     body = []
     fair = math.isqrt(int(MOST_TABLE_PIXELS / max(1, len(titles) * len(rows))))
@@ -116,12 +117,27 @@ def comparison_table(
         pictures = "".join(_cell(path, f"{title}: {label}", side) for path, title in zip(row, titles, strict=True))
         body.append(f"<tr>{pictures}</tr>")
     numbers = "".join(f"<td>{_numbers(column['measures'])}</td>" for column in columns)
-    facts = "".join(f"<td>{facts_card(column['loras'])}</td>" for column in columns)
     return (
         '<div class="comparison"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}"
-        f'<tr class="below">{numbers}</tr><tr class="below">{facts}</tr></tbody></table>{_meanings(columns)}</div>'
+        f'<tr class="below">{numbers}</tr></tbody></table>{_meanings(columns, len(rows))}</div>'
     )
+
+
+def facts_table(titles: Sequence[str], columns: Sequence[Mapping[str, Any]]) -> str:
+    """What the files of each column say of themselves, as wide as the pictures' columns."""
+    head = "".join(f"<th scope=col>{escape(title)}</th>" for title in titles)
+    facts = "".join(f"<td>{facts_card(column['loras'])}</td>" for column in columns)
+    return f'<div class="comparison"><table><thead><tr>{head}</tr></thead><tbody><tr>{facts}</tr></tbody></table></div>'
+
+
+def left_out(ends: Sequence[str]) -> str:
+    """A sentence on prompts that are longer than the base reads, "" if there are none; plain text."""
+    cut = [end for end in ends if end]
+    if not cut:
+        return ""
+    where = "The prompt is" if len(ends) == 1 else f"{len(cut)} prompts are" if len(cut) > 1 else "A prompt is"
+    return f"{where} longer than the base reads; left out is: {cut[0][:MOST_LEFT_OUT]}"
 
 
 def _cell(path: Path, alt: str, side: int) -> str:
@@ -138,15 +154,16 @@ def _numbers(measures: Sequence[Mapping[str, Any]]) -> str:
     return f'<dl class="numbers">{rows}</dl>'
 
 
-def _meanings(columns: Sequence[Mapping[str, Any]]) -> str:
+def _meanings(columns: Sequence[Mapping[str, Any]], rows: int) -> str:
     """A sentence for each number, once: a measured one's if any column has it."""
     meanings: dict[str, str] = {}
     for column in columns:
         for one in column["measures"]:
             if one["name"] not in meanings or one["value"] is not None:
                 meanings[one["name"]] = one["meaning"]
+    mean = "<li>Each is the mean over the column's pictures.</li>" if rows > 1 and meanings else ""
     lines = "".join(f"<li><b>{escape(name)}</b>: {escape(meaning)}.</li>" for name, meaning in meanings.items())
-    return f'<ul class="meanings">{lines}</ul>'
+    return f'<ul class="meanings">{lines}{mean}</ul>'
 
 
 def _data_uri(picture: Image.Image, side: int) -> str:

@@ -51,7 +51,13 @@ class RunsTab:
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(elem_id="run-status")
                 self.log = gr.Textbox(
-                    label="Log", lines=8, max_lines=14, interactive=False, elem_id="run-log", elem_classes=["log"]
+                    label="Log",
+                    lines=8,
+                    max_lines=14,
+                    interactive=False,
+                    placeholder="Of a run that was started here or by a report.",
+                    elem_id="run-log",
+                    elem_classes=["log"],
                 )
                 with gr.Row():
                     self.stop = gr.Button("Stop this run", variant="stop", elem_id="stop-run")
@@ -85,7 +91,7 @@ class RunsTab:
                 self.name = gr.Textbox("", label="Name", placeholder="of its new folder", elem_id="run-name")
                 self.preset = gr.Dropdown(presets(), value=presets()[_first_preset()], label="Preset", elem_id="preset")
             gr.HTML('<p class="quiet">What is left empty keeps the preset\'s value, or its default.</p>')
-            self.form = TrainingForm()
+            self.form = TrainingForm(self.preset.value)
             self.start = gr.Button("Start", variant="primary", elem_id="start-run")
             self.start_answer = gr.HTML(elem_id="start-answer")
 
@@ -112,6 +118,8 @@ class RunsTab:
             trigger_mode="always_last",
             **hidden,
         )
+        self.chosen.input(lambda: "", outputs=self.answer, queue=False, **hidden)
+        self.preset.input(self.form.shown, self.preset, self.form.components, **hidden)
         self.stop.click(self.stop_run, self.chosen, self.answer, **hidden)
         self.resume.click(self.resume_run, self.chosen, self.answer, **hidden)
         self.start.click(
@@ -185,7 +193,7 @@ class RunsTab:
         """(what is shown, name among the LoRA files)."""
         found = []
         for path in run.lora_files():
-            name = self.services.name_of(path)
+            name = self.services.files.name_of(path)
             if name is not None:
                 found.append(("finished" if path.parent == run.path else path.parent.name, name))
         return found
@@ -215,10 +223,13 @@ class RunsTab:
             self._require_training()
             if preset not in presets():
                 raise UserError("there is no such preset")
+            others = [run.name for run in list_runs(self.folder) if run.process()]
             run = start_run(self.folder, name.strip(), words_from(preset, values))
         except UserError as error:
             return markup.error(str(error)), gr.skip()
         note = f"{run.name} is started; it goes on when this page is closed."
+        if others:
+            note += f" It shares the machine with {', '.join(others)}, which is at work too."
         return markup.note(note), gr.update(choices=self.names(), value=[run.name])
 
     def _require_training(self) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,10 +39,12 @@ class Picture:
     """Attributes:
     path: a PNG that holds its settings.
     settings: that draw this one picture again.
+    left_out: the end of its prompt that the base did not read.
     """
 
     path: Path
     settings: dict[str, Any]
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Compared:
         columns: what each column's files say of themselves, and its numbers, JSON values.
         settings: as JSON values.
         grid, settings_file: the PNG of all and the JSON.
+        left_out: the ends of its prompts that the base did not read.
     """
 
     titles: Sequence[str]
@@ -63,6 +67,7 @@ class Compared:
     settings: dict[str, Any]
     grid: Path
     settings_file: Path
+    left_out: Sequence[str] = ()
 
 
 class Services:
@@ -76,7 +81,7 @@ class Services:
         self.options = options
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="bilora_app_")  # goes with the app
         self.folder = folder or Path(self._temporary.name)
-        self.files = LoraFiles(_named(options) | {UPLOADS: self.folder / "uploads"})
+        self.files = LoraFiles.below((*options.lora_dirs, options.runs_dir), {UPLOADS: self.folder / "uploads"})
         self.cancellations = Cancellations()
         self._bases = {_shown_name(base): base for base in options.bases}
         self._turns = Turns()
@@ -99,9 +104,12 @@ class Services:
     def generate(self, settings: PictureSettings, tell: Tell, cancelled: threading.Event) -> list[Picture]:
         """Draws and saves pictures.
 
+        Returns:
+            All, or those that were done when `cancelled` was set.
+
         Raises:
             UserError: anything in the settings or files that does not fit.
-            Cancelled: when `cancelled` is set.
+            Cancelled: when `cancelled` is set before one is done.
         """
         base = self._known_base(settings.base)
         loras = [(self.files.path(lora.file), lora.file, lora.weight) for lora in settings.loras]
@@ -111,23 +119,26 @@ class Services:
         with self._turns.turn(cancelled, _waiting(tell)):
             engine = self._engine_of(base, tell)
 
-            def report(step) -> None:
-                done = step.picture + step.step / step.steps
-                tell(
-                    Status(
-                        f"Picture {step.picture + 1} of {settings.pictures}, step {step.step} of {step.steps}",
-                        done / settings.pictures,
-                        step.preview,
-                    )
-                )
+            def report(number: int, step) -> None:
+                text = f"Picture {number + 1} of {settings.pictures}, step {step.step} of {step.steps}"
+                tell(Status(text, (number + step.step / step.steps) / settings.pictures, step.preview))
 
-            drawn = engine.draw(settings, loras, report=report, previews=True, cancelled=cancelled)
-        pictures = []
-        for one in drawn:
-            own = replace(one.settings, base=base, loras=settings.loras)
-            path = folder / f"{own.seed}.png"
-            save_picture(path, one.picture, own.to_json())
-            pictures.append(Picture(path, own.to_json()))
+            left_out = engine.left_out(settings.prompt)
+            pictures: list[Picture] = []
+            for number in range(settings.pictures):
+                one = replace(settings, seed=(settings.seed + number) % 2**32, pictures=1)
+                try:
+                    (drawn,) = engine.draw(
+                        one, loras, report=partial(report, number), previews=True, cancelled=cancelled
+                    )
+                except Cancelled:
+                    if pictures:
+                        break
+                    raise
+                own = replace(drawn.settings, base=base, loras=settings.loras)
+                path = folder / f"{own.seed}.png"
+                save_picture(path, drawn.picture, own.to_json())
+                pictures.append(Picture(path, own.to_json(), left_out))
         return pictures
 
     def compare(self, settings: ComparisonSettings, tell: Tell, cancelled: threading.Event) -> Compared:
@@ -150,6 +161,8 @@ class Services:
                 text = f"Picture {number + 1} of {cells}, step {step.step} of {step.steps}"
                 tell(Status(text, (number + step.step / step.steps) / cells, step.preview))
 
+            prompts = dict.fromkeys(row.changes["prompt"] for row in settings.rows())
+            left_out = [end for end in map(engine.left_out, prompts) if end]
             judge = self._judge_of(base)
             result = compare(
                 engine, settings, self.files, judge=judge, report=report, previews=True, cancelled=cancelled
@@ -166,7 +179,8 @@ class Services:
             {"title": title, "loras": loras, "measures": [one.to_json() for one in measures]}
             for title, loras, measures in zip(result.titles, described, result.measures, strict=True)
         ]
-        return Compared(result.titles, result.rows, paths, columns, result.settings.to_json(), grid, settings_file)
+        told = result.settings.to_json()
+        return Compared(result.titles, result.rows, paths, columns, told, grid, settings_file, left_out)
 
     def shown(
         self, session: str | None, work: Callable[[Tell, threading.Event], Result]
@@ -197,15 +211,16 @@ class Services:
         """What the LoRA files that can be used say of themselves, the newest first."""
         return [self.files.describe(name).to_json() for name in self.files.names()]
 
-    def name_of(self, path: Path) -> str | None:
-        """The name among the LoRA files of a file on this disk; None if it is below none of the folders."""
-        for start, folder in self.files.folders.items():
-            if path.resolve().is_relative_to(folder):
-                return f"{start}/{path.resolve().relative_to(folder).as_posix()}"
-        return None
+    def add_upload(self, path: Path, shown_name: str, base: str | None = None) -> str:
+        """Takes an uploaded file over; returns its name.
 
-    def add_upload(self, path: Path, shown_name: str) -> str:
-        """Takes an uploaded file over; returns its name. Raises UserError for one that is no LoRA."""
+        Raises:
+            UserError: it is no LoRA, or none for the base.
+        """
+        self.files.check(path, shown_name)
+        base = self._known_base(base)
+        with self._turns.turn(threading.Event(), lambda ahead: None):
+            self._engine_of(base, lambda status: None).check(path, shown_name)
         return self.files.add(UPLOADS, path, shown_name)
 
     def _known_base(self, name: str | None) -> str:
@@ -247,19 +262,6 @@ class Services:
 
 def _waiting(tell: Tell) -> Callable[[int], None]:
     return lambda ahead: tell(Status(f"Waiting: {ahead} before you"))
-
-
-def _named(options: Options) -> dict[str, Path]:
-    """The folders under the names that files are listed by; one below another is left out."""
-    folders: dict[str, Path] = {}
-    for folder in dict.fromkeys(path.resolve() for path in (*options.lora_dirs, options.runs_dir)):
-        if any(folder.is_relative_to(other) for other in folders.values()):
-            continue
-        stem, name, number = folder.name or "root", folder.name or "root", 2
-        while name in folders or name == UPLOADS:
-            name, number = f"{stem}-{number}", number + 1
-        folders[name] = folder
-    return folders
 
 
 def _shown_name(base: str) -> str:

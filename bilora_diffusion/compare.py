@@ -7,7 +7,6 @@ The settings are the ones that the app's Compare tab reads and writes.
 """
 
 import argparse
-import json
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,13 @@ from bilora_diffusion.atomic import write_text_atomically
 from bilora_diffusion.bases import Base
 from bilora_diffusion.embedded import EMBEDDED
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.generation.comparison import ComparedColumn, ComparisonSettings, Sweep, column_titles
+from bilora_diffusion.generation.comparison import (
+    ComparedColumn,
+    ComparisonSettings,
+    Sweep,
+    column_titles,
+    read_comparison,
+)
 from bilora_diffusion.generation.engine import Drawn, Engine, Report
 from bilora_diffusion.generation.files import LoraFiles
 from bilora_diffusion.generation.png import save_picture
@@ -147,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the paths of the grid and of the settings, and the numbers."""
     arguments = _parser().parse_args(argv)
     try:
-        files = LoraFiles({Path(arguments.lora_dir).resolve().name: Path(arguments.lora_dir)})
+        files = LoraFiles.below(Path(folder) for folder in arguments.lora_dir or ["outputs"])
         settings = _read_settings(arguments.settings) if arguments.settings else _settings(arguments, files)
         base = Base(arguments.base or settings.shared.base or EMBEDDED)
         settings = replace(settings, shared=replace(settings.shared, base=base.shared_name))
@@ -176,8 +181,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Draws base | LoRA | LoRA for the same prompts and seeds.",
     )
     parser.add_argument("loras", nargs="*", help="run folders or LoRA files below --lora_dir, a column each")
-    parser.add_argument("--settings", metavar="FILE.json", help="all of the comparison, as the app writes it")
-    parser.add_argument("--lora_dir", default="outputs", help="folder that the LoRAs are below [default: outputs]")
+    parser.add_argument("--settings", metavar="FILE", help="all of the comparison: the app's JSON, or its table's PNG")
+    parser.add_argument(
+        "--lora_dir",
+        action="append",
+        help="folder that LoRAs are below; several times as in the app [default: outputs]",
+    )
     parser.add_argument("--base", help="built-in name, folder, .safetensors file or hub id [default: embedded]")
     parser.add_argument("--clip", help="a CLIP for the numbers, a folder or hub id")
     parser.add_argument("--output_dir", default="outputs/comparison", help="[default: outputs/comparison]")
@@ -225,22 +234,19 @@ def _number(text: str, name: str) -> Any:
 
 def _name_of(text: str, files: LoraFiles) -> str:
     """The name in `files` of a run's folder or a LoRA file on this disk."""
-    (start, folder), *_ = files.folders.items()
     path = Path(text) / DIFFUSERS_FILE if Path(text).is_dir() else Path(text)
     if not path.is_file():
         raise UserError(f"{text} is no LoRA file, and no folder with {DIFFUSERS_FILE}")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{text} is not below --lora_dir {folder}: name a folder that is above it")
-    return f"{start}/{path.resolve().relative_to(folder.resolve()).as_posix()}"
+    name = files.name_of(path)
+    if name is None:
+        folders = ", ".join(map(str, files.folders.values()))
+        raise UserError(f"{text} is not below --lora_dir {folders}: name a folder that is above it")
+    return name
 
 
 def _read_settings(path: str) -> ComparisonSettings:
     try:
-        return ComparisonSettings.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"--settings {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--settings {path} is not valid JSON: {error}") from None
+        return read_comparison(Path(path))
     except UserError as error:
         raise UserError(f"--settings {path}: {error}") from None
 

@@ -96,6 +96,9 @@ LOGGING = "Logging and hub"
 MACHINE = "Machine"
 GROUPS = (METHOD, BASE, DATA, PRIOR, TRAINING, OPTIMISER, PREVIEWS, CHECKPOINTS, OUTPUT, LOGGING, MACHINE)
 
+RANKS = Range(1, 1024)
+"""A slip of the finger should not fill the memory; SDXL's attention projections have 640 to 1,280 outputs."""
+
 
 @dataclass(kw_only=True)
 class TrainingConfig:
@@ -114,7 +117,7 @@ class TrainingConfig:
         choices=METHOD_NAMES,
         origin="bilora",
     )
-    rank: int = flag(4, "rank of the LoRA update matrices", group=METHOD, within=AT_LEAST_ONE)
+    rank: int = flag(4, "rank of the LoRA update matrices", group=METHOD, within=RANKS)
     lora_alpha: float | None = flag(
         None,
         "the update is scaled by alpha / rank; unset: the rank, so the scale is 1",
@@ -165,7 +168,7 @@ class TrainingConfig:
         None,
         "rank of the auxiliary adapter; unset: that of --rank",
         group=METHOD,
-        within=AT_LEAST_ONE,
+        within=RANKS,
         origin="bilora",
     )
     auxiliary_init: Literal["kaiming", "gaussian"] = flag(

@@ -8,7 +8,7 @@ from bilora_diffusion.runs import Run
 __all__ = ["CURVE_TITLES", "Curve", "curves"]
 
 CURVE_TITLES = {
-    "loss": "Loss, smoothed over a twentieth of the steps",
+    "loss": "Loss, smoothed",
     "c_over_rho": "c / rho: how far the auxiliary fills its ball",
     "loss_gap": "Loss gap: L(perturbed) - L(clean)",
 }
@@ -20,12 +20,13 @@ Curve = list[tuple[float, float]]
 def curves(runs: Sequence[Run]) -> dict[str, dict[str, Curve]]:
     """For each of `CURVE_TITLES` the curve of each run; a run without the measure has none."""
     found: dict[str, dict[str, Curve]] = {name: {} for name in CURVE_TITLES}
-    for run in runs:
-        points = run.curves()
+    read = [(run, run.curves()) for run in runs]
+    window = max(1, max((len(points) for _, points in read), default=0) // 20)  # one for all, so that they compare
+    for run, points in read:
         for name, by_run in found.items():
             curve = [(float(one["step"]), float(one[name])) for one in points if _is_number(one[name])]
             if curve:
-                by_run[run.name] = _thinned(_smoothed(curve) if name == "loss" else curve)
+                by_run[run.name] = _thinned(_smoothed(curve, window) if name == "loss" else curve)
     return found
 
 
@@ -33,9 +34,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _smoothed(curve: Curve) -> Curve:
+def _smoothed(curve: Curve, window: int) -> Curve:
     """The mean of the values up to each step, over a window."""
-    window, total, smooth = max(1, len(curve) // 20), 0.0, []
+    total, smooth = 0.0, []
     for place, (step, value) in enumerate(curve):
         total += value - (curve[place - window][1] if place >= window else 0.0)
         smooth.append((step, total / min(place + 1, window)))

@@ -9,19 +9,33 @@ and, for the gradient g of y, with one product added into another again:
 
 peft adds one adapter after another: each reads x, writes a whole y, and does both again in the backward pass. The
 factors stay peft's own parameters; only the layer's forward is another. benchmarks/speed measures what it saves.
+
+A perturbation of the weight costs no product either: the layer computes with W0 + N, which is made for each pass anew.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["FusedLinear", "fuse", "unfuse"]
+__all__ = ["FusedLinear", "Perturbation", "fuse", "unfuse"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Perturbation(Protocol):
+    """N, added to the weight of one layer in each of its passes."""
+
+    def on(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """W0 + N, (out, in) in the given precision; the same at each call."""
+        ...
+
+    def product(self, x: Tensor) -> Tensor:
+        """x N^T alone, (..., in) -> (..., out), with a gradient for x."""
+        ...
 
 
 class FusedLinear(Linear):
@@ -29,17 +43,24 @@ class FusedLinear(Linear):
 
     By peft: dropout, DoRA and peft's other variants, merged or disabled adapters, adapters chosen for each row, a base
     that is quantised, trained, hooked or on another device, and a precision that peft would convert on the way.
+
+    Attributes:
+        perturbation: of the base's weight, None for none.
     """
+
+    perturbation: Perturbation | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out), in the precision that peft's forward gives."""
         dtype = _compute_dtype(x)
         names = None if args or kwargs or dtype is None else self._stackable(x, dtype)
         if not names:
-            return super().forward(x, *args, **kwargs)
+            y = super().forward(x, *args, **kwargs)
+            return y if self.perturbation is None else y + self.perturbation.product(x.to(y.dtype))
         A, B = ([factor[name].weight for name in names] for factor in (self.lora_A, self.lora_B))
         scales = [self.scaling[name] for name in names]
-        return _Stacked.apply(x.to(dtype), self.base_layer.weight, self.base_layer.bias, scales, *A, *B)
+        base = self.base_layer
+        return _Stacked.apply(x.to(dtype), base.weight, base.bias, self.perturbation, scales, *A, *B)
 
     def _stackable(self, x: Tensor, dtype: torch.dtype) -> list[str] | None:
         """The adapters that add something, None where peft's own forward is needed."""
@@ -93,11 +114,17 @@ def _is_plain(base: nn.Module, device: torch.device) -> bool:
 
 
 class _Stacked(torch.autograd.Function):
-    """x W0' + b + sum over adapters of s B A x; the base is frozen and has no gradient."""
+    """x (W0 + N)' + b + sum over adapters of s B A x; the base is frozen and has no gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: list[float], *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        perturbation: Perturbation | None,
+        scales: list[float],
+        *factors: Tensor,
     ) -> Tensor:
         A, B = factors[: len(scales)], factors[len(scales) :]
         scale = scales[0]
@@ -106,10 +133,10 @@ class _Stacked(torch.autograd.Function):
         down, up = _join(A, 0).to(x.dtype), _join(B, 1).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ down.mT
-        y = nn.functional.linear(rows, weight, bias)
+        y = nn.functional.linear(rows, _perturbed(weight, perturbation, x.dtype), bias)
         y.addmm_(h, up.mT, alpha=scale)
         ctx.save_for_backward(rows, h, weight, down, up)
-        ctx.scale, ctx.scales, ctx.shape = scale, scales, x.shape
+        ctx.perturbation, ctx.scale, ctx.scales, ctx.shape = perturbation, scale, scales, x.shape
         ctx.ranks, ctx.dtype = [len(one) for one in A], A[0].dtype
         return y.view(*x.shape[:-1], len(weight))
 
@@ -118,7 +145,7 @@ class _Stacked(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, h, weight, down, up = ctx.saved_tensors
         count = len(ctx.scales)
-        of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[-count:]
+        of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[5 : 5 + count], ctx.needs_input_grad[-count:]
         g = gradient.reshape(-1, len(weight))
         gx, gA, gB = None, [None] * count, [None] * count
         if of_x or any(of_A):
@@ -126,7 +153,7 @@ class _Stacked(torch.autograd.Function):
             if ctx.scale != 1:
                 gh *= ctx.scale
             if of_x:
-                gx = (g @ weight.to(g.dtype)).addmm_(gh, down).view(ctx.shape)
+                gx = (g @ _perturbed(weight, ctx.perturbation, g.dtype)).addmm_(gh, down).view(ctx.shape)
             if any(of_A):
                 gA = (gh.mT @ rows).to(ctx.dtype).split(ctx.ranks)
         if any(of_B):
@@ -135,7 +162,11 @@ class _Stacked(torch.autograd.Function):
                 for piece, s in zip((g.mT @ h).split(ctx.ranks, dim=1), ctx.scales, strict=True)
             ]
         wanted = (one if needed else None for one, needed in zip((*gA, *gB), (*of_A, *of_B), strict=True))
-        return gx, None, None, None, *wanted
+        return gx, None, None, None, None, *wanted
+
+
+def _perturbed(weight: Tensor, perturbation: Perturbation | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if perturbation is None else perturbation.on(weight, dtype)
 
 
 def _join(tensors: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:

@@ -113,11 +113,49 @@ def test_generate_and_take_the_settings_back(page, server: Server, tmp_path: Pat
     wait_for(page, "#status", "settings of picture.png")
     assert page.input_value("#prompt textarea") == PROMPT
     assert page.input_value("#seed input[type=number]") == "41"
-    # A picture of another program is told.
+    # The box is free for the next, which may be dropped anywhere. A picture of another program is told.
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
-    page.locator("#png").get_by_label("Remove").or_(page.locator("#png button[aria-label='Clear']")).first.click()
-    page.locator("#png input[type=file]").set_input_files(tmp_path / "other.png")
+    page.locator("#png input[type=file]").wait_for(state="attached")
+    drop(page, "#gallery", tmp_path / "other.png")
     wait_for(page, "#status", "holds no settings")
+
+
+def drop(page, where: str, path: Path) -> None:
+    """A file let go over an element, as a browser tells it; no page may leave it to the browser to open the file."""
+    given = page.evaluate_handle(
+        """([name, numbers]) => {
+            const given = new DataTransfer();
+            given.items.add(new File([new Uint8Array(numbers)], name, { type: "image/png" }));
+            return given;
+        }""",
+        [path.name, list(path.read_bytes())],
+    )
+    for kind in ("dragover", "drop"):
+        script = "(one, [kind, given]) => !one.dispatchEvent(new DragEvent(kind, " + (
+            "{ bubbles: true, cancelable: true, dataTransfer: given }))"
+        )
+        assert page.eval_on_selector(where, script, [kind, given]), f"{kind} is left to the browser"
+
+
+def test_what_the_base_does_not_read_is_told(page) -> None:
+    page.fill("#prompt textarea", "a lion, " * 20 + "at the seaside")
+    set_number(page, "#steps", 1)
+    page.click("#generate-button")
+    wait_for(page, "#status", "longer than the base reads; left out is:")
+    assert page.inner_text("#status").strip().endswith("at the seaside")
+    compare(page, f"{PROMPT}\n{'a lion, ' * 20}", steps=1)
+    wait_for(page, "#compare-status", "longer than the base reads")
+
+
+def test_what_was_drawn_before_a_cancel_is_kept(page) -> None:
+    page.fill("#prompt textarea", PROMPT)
+    set_number(page, "#steps", 10)
+    set_number(page, "#pictures", 16)
+    page.click("#generate-button")
+    wait_for(page, "#status", "Picture 2 of 16")
+    page.click("#cancel-button")
+    wait_for(page, "#status", "of 16: seed 0")
+    assert page.locator("#gallery img").count() >= 1 and "Cancelled after" in page.inner_text("#status")
 
 
 def test_the_dice(page) -> None:
@@ -131,7 +169,7 @@ def test_compare_with_the_slider_and_the_files(page, server: Server, tmp_path: P
     table = page.locator("#comparison table")
     assert table.locator("thead th").all_inner_texts() == ["base", "LoRA", "Bi-LoRA"]
     assert table.locator("img").count() == 6
-    text = page.inner_text("#comparison")
+    text = page.inner_text("#comparison") + page.inner_text("#comparison-facts")
     for word in ("Rank", "rho", "1.5", "Training prompt", "Trained", "picture and prompt", "nearest training picture"):
         assert word in text
     # The slider: its line follows the mouse, and shows more of the one and less of the other.
@@ -190,19 +228,32 @@ def test_cancel(page) -> None:
     generate(page)
 
 
-def test_bad_files_are_told_and_the_app_goes_on(page, tmp_path: Path) -> None:
+def test_bad_files_are_told_and_the_app_goes_on(page, server: Server, tmp_path: Path) -> None:
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
+    narrow = tmp_path / "narrow.safetensors"
+    tensors = load_file(server.outputs.parent / PLAIN)
+    save_file({k: t[:, :-1].contiguous() if "lora_A" in k else t for k, t in tensors.items()}, narrow)
+    nan = tmp_path / "nan.safetensors"
+    save_file({k: t * float("nan") for k, t in tensors.items()}, nan)
     random, model = tmp_path / "random.safetensors", tmp_path / "model.safetensors"
     random.write_bytes(os.urandom(10 * 2**20))
     save_file({"model.weight": torch.zeros(4)}, model)
-    for path, text in ((random, "no safetensors file"), (model, "is no LoRA")):
+    for path, text in (
+        (random, "no safetensors file"),
+        (model, "is no LoRA"),
+        (narrow, "is for another base"),
+        (nan, "are no numbers"),
+    ):
         page.locator("input[type=file][accept*='safetensors']").first.set_input_files(path)
         wait_for(page, "#status", text)
         assert page.locator("#status .error").count() == 1
     screenshot(page, "bad_file")
     generate(page)
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("Column 2").click()
+    assert not {"narrow", "nan"} & set(re.findall(r"\w+", " ".join(page.get_by_role("option").all_inner_texts())))
 
 
 def test_a_page_knows_the_files_of_the_moment(server: Server, browser: Callable, tmp_path: Path) -> None:
@@ -421,7 +472,7 @@ def test_two_runs_curves_and_a_checkpoint_in_compare(server: Server, browser: Ca
     page.fill("#compare-prompts textarea", PROMPT)
     page.click("#compare-button")
     wait_for(page, "#compare-status", "Done")
-    wait_for(page, "#comparison", "checkpoint-50")
+    wait_for(page, "#comparison-facts", "checkpoint-50")
     page.context.close()
 
 

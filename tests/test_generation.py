@@ -83,7 +83,14 @@ def test_a_fresh_engine_and_the_pipelines_own_loader_draw_the_same(engine: Engin
     pipeline = Base("embedded").load(*PARTS)
     pipeline.load_lora_weights(str(path))
     use_sampling_scheduler(pipeline)
-    options = {"numbers": (0,), "seed": 5, "resolution": 64, "steps": 3, "load_vae": lambda: pipeline.vae}
+    options = {
+        "numbers": (0,),
+        "seed": 5,
+        "resolution": 64,
+        "steps": 3,
+        "guidance_scale": 2.0,
+        "load_vae": lambda: pipeline.vae,
+    }
     assert sample_pictures(pipeline, PROMPT, **options)[0].tobytes() == drawn
 
 
@@ -103,7 +110,14 @@ def test_other_kinds_of_layers(options: dict, engine: Engine, tmp_path: Path) ->
     pipeline = Base("embedded").load(*PARTS)
     pipeline.load_lora_weights(str(path))
     use_sampling_scheduler(pipeline)
-    sampling = {"numbers": (0,), "seed": 5, "resolution": 64, "steps": 3, "load_vae": lambda: pipeline.vae}
+    sampling = {
+        "numbers": (0,),
+        "seed": 5,
+        "resolution": 64,
+        "steps": 3,
+        "guidance_scale": 2.0,
+        "load_vae": lambda: pipeline.vae,
+    }
     # A convolution's sums may round by where its weights lie in memory.
     assert apart(sample_pictures(pipeline, PROMPT, **sampling)[0].tobytes(), drawn) <= 1
     assert apart(drawn, base) > 10

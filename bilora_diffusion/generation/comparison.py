@@ -1,14 +1,16 @@
 """What to compare: columns of LoRAs, rows of prompts, seeds and values. Imports no torch, no diffusers."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import Flag, checked, flag, flag_of, show
 from bilora_diffusion.generation.files import LoraFiles
+from bilora_diffusion.generation.png import read_settings
 from bilora_diffusion.generation.settings import (
     FIELDS,
     MOST_LORAS,
@@ -201,6 +203,26 @@ def _sweep_from_json(values: Any) -> Sweep | None:
     if "variable" not in fields:
         raise UserError(f"the sweep names no variable: one of {', '.join(SWEPT)}")
     return Sweep(**fields)
+
+
+def read_comparison(path: Path) -> ComparisonSettings:
+    """From a comparison's JSON, or from the PNG of its table.
+
+    Raises:
+        UserError: another file, or one that was changed wrongly.
+    """
+    try:
+        if path.suffix.lower() == ".png":
+            values = read_settings(path).get("comparison")
+            if values is None:
+                raise UserError(f"{path.name} is one picture, no table: drop it on the app's Generate tab")
+        else:
+            values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} is not valid JSON: {error}") from None
+    return ComparisonSettings.from_json(values)
 
 
 def column_titles(columns: Sequence[ComparedColumn], files: LoraFiles) -> list[str]:

@@ -134,6 +134,23 @@ class Engine:
                 drawn.append(Drawn(self._draw_one(one, number, report, previews), one))
         return drawn
 
+    def left_out(self, prompt: str) -> str:
+        """The end of a prompt that the base does not read, "" if it reads it all."""
+        ends = []
+        for tokenizer in (self.load().tokenizer, self.load().tokenizer_2):
+            tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+            ends.append(tokenizer.decode(tokens[tokenizer.model_max_length - 1 : -1], skip_special_tokens=True).strip())
+        return max(ends, key=len)
+
+    def check(self, path: Path, name: str) -> None:
+        """Whether a file fits the base; it is ready to be used afterwards.
+
+        Raises:
+            UserError: which of its layers do not, or what else is wrong with it.
+        """
+        self.load()
+        self._adapter(path, name)
+
     def _draw_one(
         self, settings: PictureSettings, number: int, report: Callable[[Report], None], previews: bool
     ) -> Image.Image:

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from bilora_diffusion.errors import UserError
@@ -33,6 +33,31 @@ class LoraFiles:
         self.folders = dict(folders)
         self._described: dict[Path, tuple[tuple[int, int], LoraDescription | UserError]] = {}
         self._lock = threading.Lock()
+
+    @classmethod
+    def below(cls, folders: Iterable[Path], reserved: Mapping[str, Path] | None = None) -> "LoraFiles":
+        """Named by the folders' own last parts; one that is below another is left out.
+
+        Arguments:
+            reserved: more folders, with names that no other gets.
+        """
+        reserved, named = reserved or {}, {}
+        for folder in dict.fromkeys(path.resolve() for path in folders):
+            if any(folder.is_relative_to(other) for other in named.values()):
+                continue
+            stem, name, number = folder.name or "root", folder.name or "root", 2
+            while name in named or name in reserved:
+                name, number = f"{stem}-{number}", number + 1
+            named[name] = folder
+        return cls(named | reserved)
+
+    def name_of(self, path: Path) -> str | None:
+        """The name of a file on this disk; None if it is below none of the folders."""
+        path = path.resolve()
+        for start, folder in self.folders.items():
+            if path.is_relative_to(folder.resolve()):
+                return f"{start}/{path.relative_to(folder.resolve()).as_posix()}"
+        return None
 
     def path(self, name: str) -> Path:
         """The file of a name; it exists and lies below its folder when every link is followed.
@@ -86,6 +111,14 @@ class LoraFiles:
         found = [(path.stat().st_mtime, name) for name, path in self._candidates() if self._is_lora(name)]
         return [name for _, name in sorted(found, key=lambda one: (-one[0], one[1]))]
 
+    def check(self, source: Path, shown_name: str) -> None:
+        """Whether a file from elsewhere could be added; raises as `add`."""
+        if not shown_name.lower().endswith(SUFFIX):
+            raise UserError(f"{show(shown_name)} is not taken: only {SUFFIX} files are, never pickles")
+        if source.stat().st_size > MOST_FILE_BYTES:
+            raise UserError(f"{show(shown_name)} is larger than {MOST_FILE_BYTES // 2**30} GiB")
+        describe(source, shown_name)
+
     def add(self, start: str, source: Path, shown_name: str) -> str:
         """Copies a file from elsewhere into one of the folders, if it is a LoRA; returns its name here.
 
@@ -96,11 +129,7 @@ class LoraFiles:
         Raises:
             UserError: it is too large, damaged, or no LoRA.
         """
-        if not shown_name.lower().endswith(SUFFIX):
-            raise UserError(f"{show(shown_name)} is not taken: only {SUFFIX} files are, never pickles")
-        if source.stat().st_size > MOST_FILE_BYTES:
-            raise UserError(f"{show(shown_name)} is larger than {MOST_FILE_BYTES // 2**30} GiB")
-        describe(source, shown_name)
+        self.check(source, shown_name)
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(shown_name).stem).strip("._")[:80] or "lora"
         with source.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]

@@ -45,6 +45,8 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: Path, adapter: str, 
     except Exception as error:  # the converters raise many kinds on names they do not know
         raise UserError(f"{show(name)} is not a LoRA for SDXL: {_reason(error)}") from None
     _check_fit(layers, models, name)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{show(name)} holds values that are no numbers: its training went wrong, or it is damaged")
     try:
         with quiet_libraries():
             pipeline.load_lora_weights(str(path), adapter_name=adapter, **options)

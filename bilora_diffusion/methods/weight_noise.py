@@ -5,14 +5,15 @@
 for each output row i of the merged weight W' = W0 + s B A (- s B0 A0, with a start that is not zero), n its number of
 inputs. N is drawn from a seed when the product is computed and drawn again when the gradient is, so that it takes the
 memory of one layer and works on any base, quantised ones and gradient checkpointing included. Its norm is
-sigma ||W'||_F on average.
+sigma ||W'||_F on average. Where the layer is fused the two products are one, x (W0 + N)^T: in half precision the sum is
+rounded as any result is, so that a sigma below a few thousandths is lost.
 
 Reference:
     Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape (Li et al., 2025), arXiv 2409.14396, Eq. 6-8.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from bilora_diffusion.adapters import PRIMARY, START, adapted_layers
+from bilora_diffusion.fused import FusedLinear
 from bilora_diffusion.randomness import stream_seed
 
 __all__ = ["WeightNoise"]
@@ -51,62 +53,79 @@ class WeightNoise:
         Arguments:
             sigma: the noise's norm as a share of the weights', at least 0.
         """
-        handles = []
+        undo: list[Callable[[], object]] = []
         try:
             if sigma > 0:
                 for (name, layer), squares in zip(self.layers, self._squares, strict=True):
                     deviation = _row_norms(layer, squares) * (sigma / math.sqrt(_inputs(layer)))
-                    hook = _Hook(deviation, stream_seed(self.seed, "weight noise", name, step))
-                    handles.append(layer.register_forward_hook(hook))
+                    noise = _LayerNoise(layer, deviation, stream_seed(self.seed, "weight noise", name, step))
+                    undo.append(noise.put_on())
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for take_off in undo:
+                take_off()
 
 
-class _Hook:
-    """Adds a layer's x N^T to what it gives."""
+class _LayerNoise:
+    """N of one layer at one step; nothing is kept but its seed.
 
-    def __init__(self, deviation: Tensor, seed: int) -> None:
+    Arguments:
+        deviation: std_i, (out,), float32.
+    """
+
+    def __init__(self, layer: BaseTunerLayer, deviation: Tensor, seed: int) -> None:
+        self.layer = layer
         self.deviation = deviation
         self.seed = seed
 
-    def __call__(self, layer: BaseTunerLayer, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + _NoiseProduct.apply(arguments[0].to(output.dtype), self.deviation, self.seed, layer)
+    def put_on(self) -> Callable[[], object]:
+        """Lets the layer compute with it; returns what takes it off."""
+        if isinstance(self.layer, FusedLinear):
+            self.layer.perturbation = self
+            return lambda: delattr(self.layer, "perturbation")
+        hook = self.layer.register_forward_hook(lambda layer, given, y: y + self.product(given[0].to(y.dtype)))
+        return hook.remove
+
+    def draw(self) -> Tensor:
+        """N as (out, in) or (out, in, k, k), float32."""
+        device, count = self.deviation.device, len(self.deviation)
+        random = torch.Generator(device).manual_seed(self.seed)
+        drawn = torch.randn(count, _inputs(self.layer), generator=random, device=device)
+        return drawn.mul_(self.deviation[:, None]).reshape(count, *_kernel(self.layer))
+
+    def on(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """W0 + N; rounded once, after the sum."""
+        return (weight + self.draw()).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x N^T, or the convolution of x with N."""
+        return _NoiseProduct.apply(x, self)
 
 
 class _NoiseProduct(torch.autograd.Function):
     """x N^T, or the convolution of x with N; N is drawn anew in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, deviation: Tensor, seed: int, layer: BaseTunerLayer) -> Tensor:
-        ctx.save_for_backward(deviation)
-        ctx.seed, ctx.layer, ctx.shape = seed, layer, x.shape
+    def forward(ctx: Any, x: Tensor, noise: _LayerNoise) -> Tensor:
+        ctx.noise, ctx.shape = noise, x.shape
         with torch.autocast(x.device.type, enabled=False):
-            noise = _noise(deviation, seed, layer, x.dtype)
-            base = layer.get_base_layer()
-            if noise.ndim == 2:
-                return linear(x, noise)
-            return conv2d(x, noise, None, base.stride, base.padding, base.dilation, base.groups)
+            drawn = noise.draw().to(x.dtype)
+            if drawn.ndim == 2:
+                return linear(x, drawn)
+            return conv2d(x, drawn, None, *_geometry(noise.layer))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (deviation,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         with torch.autocast(gradient.device.type, enabled=False):
-            noise = _noise(deviation, ctx.seed, ctx.layer, gradient.dtype)
-            base = ctx.layer.get_base_layer()
-            if noise.ndim == 2:
-                return gradient @ noise, None, None, None
-            geometry = (base.stride, base.padding, base.dilation, base.groups)
-            return torch.nn.grad.conv2d_input(ctx.shape, noise, gradient, *geometry), None, None, None
+            drawn = ctx.noise.draw().to(gradient.dtype)
+            if drawn.ndim == 2:
+                return gradient @ drawn, None
+            return torch.nn.grad.conv2d_input(ctx.shape, drawn, gradient, *_geometry(ctx.noise.layer)), None
 
 
-def _noise(deviation: Tensor, seed: int, layer: BaseTunerLayer, dtype: torch.dtype) -> Tensor:
-    """(out, in) or (out, in, k, k)."""
-    device = deviation.device
-    random = torch.Generator(device).manual_seed(seed)
-    drawn = torch.randn(len(deviation), _inputs(layer), generator=random, device=device)
-    return (drawn * deviation[:, None]).to(dtype).reshape(len(deviation), *_kernel(layer))
+def _geometry(layer: BaseTunerLayer) -> tuple[Any, ...]:
+    base = layer.get_base_layer()
+    return base.stride, base.padding, base.dilation, base.groups
 
 
 def _kernel(layer: BaseTunerLayer) -> tuple[int, ...]:
@@ -138,4 +157,4 @@ def _row_norms(layer: BaseTunerLayer, squares: Tensor) -> Tensor:
         [layer.lora_B[adapter].weight.detach().flatten(1).float() * layer.scaling[adapter] for adapter in present],
         dim=1,
     )
-    return (squares + (B * (2 * _weight(layer) @ A.mT + B @ (A @ A.mT))).sum(1)).clamp_min(0).sqrt()
+    return (squares + (B * (2 * (_weight(layer) @ A.mT) + B @ (A @ A.mT))).sum(1)).clamp_min(0).sqrt()
