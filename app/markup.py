@@ -29,6 +29,7 @@ FACT_TITLES = {
     "base": "Base",
     "steps": "Steps",
     "instance_prompt": "Training prompt",
+    "captions": "Training captions",
     "resolution": "Resolution",
     "prediction_type": "Prediction",
     "seed": "Seed",

@@ -1,6 +1,7 @@
 """The LoRA files: what is in them, and that loading one gives back the trained model."""
 
 import errno
+import dataclasses
 import json
 import os
 import stat
@@ -239,6 +240,9 @@ def test_keys_shapes_and_metadata_of_the_diffusers_file(saved):
     assert metadata.pop("format") == "pt"
     assert metadata == bilora_metadata(FACTS)
     assert metadata["bilora_rho"] == "0.05"
+    assert "bilora_captions" not in metadata  # one prompt says it all; where there is none, a caption has to
+    without = bilora_metadata(dataclasses.replace(FACTS, instance_prompt=None))
+    assert without["bilora_captions"] == "2 different ones, such as: a sks dog, red"
 
 
 def test_the_auxiliary_is_in_no_file(saved):

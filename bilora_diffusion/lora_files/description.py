@@ -164,6 +164,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "base": ("bilora_base", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
     "steps": ("bilora_steps", "ss_steps", "ss_max_train_steps"),
     "instance_prompt": ("bilora_instance_prompt", "modelspec.trigger_phrase"),
+    "captions": ("bilora_captions",),
     "resolution": ("bilora_resolution", "ss_resolution", "modelspec.resolution"),
     "prediction_type": ("bilora_prediction_type", "modelspec.prediction_type"),
     "seed": ("bilora_seed", "ss_seed"),

@@ -121,6 +121,7 @@ def bilora_metadata(facts: LoraFacts) -> dict[str, str]:
         "steps": facts.steps,
         "base": facts.base,
         "instance_prompt": facts.instance_prompt,
+        "captions": None if facts.instance_prompt or not facts.captions else _captions(facts.captions),
         "trained_parts": json.dumps(list(facts.trained_parts)),
         "resolution": facts.resolution,
         "seed": facts.seed,
@@ -129,6 +130,10 @@ def bilora_metadata(facts: LoraFacts) -> dict[str, str]:
         "versions": json.dumps(dict(facts.versions), sort_keys=True),
     }
     return {f"bilora_{name}": str(value) for name, value in shown.items() if value is not None}
+
+
+def _captions(captions: Sequence[str]) -> str:
+    return f"{len(set(captions))} different ones, such as: {captions[0]}"
 
 
 def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
