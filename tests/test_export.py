@@ -1,7 +1,7 @@
 """The LoRA files: what is in them, and that loading one gives back the trained model."""
 
-import errno
 import dataclasses
+import errno
 import json
 import os
 import stat
