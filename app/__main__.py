@@ -16,13 +16,13 @@ MOST_UPLOAD = "2gb"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until Ctrl-C. Returns 0, or 2 for a mistake of the user's, told in one line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that its temporary folder goes with it
     try:
         options = parse(argv)
         blocks = launch(options)
     except UserError as error:
         error.tell()
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that its temporary folder goes with it
     blocks.block_thread()
     return 0
 
