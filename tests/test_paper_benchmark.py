@@ -378,10 +378,10 @@ def test_a_hub_id_and_its_revision(
         model = find_model("--clip", text)
         assert (model.name, model.revision) == ("some/clip", commit)
         assert open_clip(model, CPU).name == "some/clip"
-    with pytest.raises(UserError, match="^--clip: some/clip is no file or folder here, and the hub cannot be asked"):
+    with pytest.raises(UserError, match=r"^--clip: some/clip is no file or folder here, and the hub cannot be asked"):
         find_model("--clip", "some/clip@other")
     (cached / "snapshots" / commit / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="^--clip some/clip has no weights"):
+    with pytest.raises(UserError, match=r"^--clip some/clip has no weights"):
         find_model("--clip", "some/clip")
 
 

@@ -237,7 +237,7 @@ def _notes(options: Options, base: Base, runs: Sequence[DrawnRun], models: Mappi
         f"{told}. Higher is more. Standard errors, and the 95 % intervals of the paired differences (Student's t), "
         f"{spread}; where an interval holds 0 no difference was shown.",
         "",
-        f"Base {base.shared_name}; seeds {', '.join(map(str, options.seeds))}; {len(options.concepts)} of what is learnt, "
+        f"Base {base.shared_name}; seeds {', '.join(map(str, options.seeds))}; "
         f"{sum(len(run.concept.prompts) for run in runs) * options.pictures} pictures in {options.steps} steps with "
         f"guidance {runs[0].shared.guidance_scale:g}. Scorers: {named}. Scores by other models cannot be compared with "
         "these.",
