@@ -20,10 +20,11 @@ from transformers import CLIPModel, CLIPProcessor, ViTImageProcessor, ViTModel
 from whole_run import interrupted_after, quicken
 
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.comparing import Options, compare_methods
+from benchmarks.quality.comparing import compare_methods
 from benchmarks.quality.concepts import LIVE_PROMPTS, OBJECT_PROMPTS, PAPER_NAMES, dreambooth_concepts, paper_concept
 from benchmarks.quality.scorers import Captioner, Dino, find_model, open_clip
 from benchmarks.quality.scoring import agreement, among_themselves, likeness
+from benchmarks.quality.setting import Options
 from benchmarks.quality.stages import read_options
 from benchmarks.quality.tables import Score, cells, table
 from bilora_diffusion.cli import main as train
@@ -113,7 +114,7 @@ def test_intervals_are_over_subjects_and_paired() -> None:
     assert own == "| LoRA | 0.567 (s.e. 0.203) |  |"
     assert other == "| Bi-LoRA | 0.620 (s.e. 0.203) | +0.053 (+0.039 to +0.068) |"
     alone = cells({"lora": {"a": [0.1]}, "bilora": {"a": [0.3]}})
-    assert table([Score("x", "X", "", 100, 1)], {"x": alone})[-1] == "| Bi-LoRA | 30.0 | +20.0 |"
+    assert table([Score("x", "X", "", 100, 1)], {"x": alone}, {})[-1] == "| Bi-LoRA | 30.0 | +20.0 |"
 
 
 def test_thirty_subjects_have_an_interval() -> None:

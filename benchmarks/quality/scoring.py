@@ -19,6 +19,7 @@ from benchmarks.quality.drawing import DrawnRun, Place
 from benchmarks.quality.scorers import Captioner, Dino, Model, open_clip
 from bilora_diffusion.assembly import free_memory
 from bilora_diffusion.atomic import write_text_atomically
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.strict_json import strict_json
 
 __all__ = ["Scores", "agreement", "among_themselves", "likeness", "score_dreambench", "score_paper"]
@@ -130,8 +131,11 @@ def _in_batches(compute: Callable[[Sequence], Tensor], items: Sequence) -> Tenso
 
 
 def _load(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, and it is drawn again") from error
 
 
 # --- Captions, kept beside the pictures: they take longer than all other scores ---

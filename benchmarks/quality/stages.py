@@ -25,7 +25,8 @@ def main(words: Sequence[str]) -> int:
     """
     try:
         options = read_options(list(words))
-        from benchmarks.quality.comparing import Options, compare_methods
+        from benchmarks.quality.comparing import compare_methods
+        from benchmarks.quality.setting import Options
 
         print(compare_methods(Options(**options)))
         return 0
@@ -38,7 +39,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def read_options(words: list[str]) -> dict:
-    """What `comparing.Options` takes. Unknown words are the trainer's."""
+    """What `setting.Options` takes. Unknown words are the trainer's."""
     from bilora_diffusion.report.plan import check_methods, without_token
 
     stage = words[0]

@@ -79,20 +79,18 @@ def cells(values: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Cell
     }
 
 
-def table(
-    scores: Sequence[Score], found: Mapping[str, Mapping[str, Cell]], real: Mapping[str, float] | None = None
-) -> list[str]:
+def table(scores: Sequence[Score], found: Mapping[str, Mapping[str, Cell]], real: Mapping[str, float]) -> list[str]:
     """Lines of Markdown.
 
     Arguments:
         found: by the score's key and method.
-        real: what the real pictures have among themselves, by the score's key; None leaves their row out.
+        real: what the real pictures have among themselves, by the score's key; their row is left out if empty.
     """
     methods = list(next(iter(found.values())))
     against = title(methods[0])
     heads = [text for one in scores for text in (one.title, f"{one.title}: difference to {against}")]
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    if real is not None:
+    if real:
         shown = [text for one in scores for text in (_number(one, real.get(one.key)), "")]
         lines.append("| real pictures | " + " | ".join(shown) + " |")
     for method in methods:
