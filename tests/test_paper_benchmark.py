@@ -25,9 +25,10 @@ from benchmarks.quality.concepts import LIVE_PROMPTS, OBJECT_PROMPTS, PAPER_NAME
 from benchmarks.quality.scorers import Captioner, Dino, find_model, open_clip
 from benchmarks.quality.scoring import agreement, among_themselves, likeness
 from benchmarks.quality.setting import Options
-from benchmarks.quality.stages import read_options
+from benchmarks.quality.stages import CONFIGS, STAGES, parser_of, read_options
 from benchmarks.quality.tables import Score, cells, table
 from bilora_diffusion.cli import main as train
+from bilora_diffusion.config import FLAGS
 from bilora_diffusion.embedded import CONCEPT_FOLDER
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.paired import T_95, half_width
@@ -409,9 +410,16 @@ def test_weights_that_lack_some_are_refused(models: dict[str, Path], tmp_path: P
 def test_the_documented_commands_are_understood() -> None:
     root = Path(__file__).parents[1]
     text = (root / "docs" / "benchmarks.md").read_text().replace("\\\n", " ")
-    lines = re.findall(r"python -m benchmarks\.quality ((?:paper|dreambench)[^`\n]*)", text)
-    assert len(lines) >= 3
-    for line in lines:
-        words = shlex.split(line)
-        if words[0] == "paper":
-            assert read_options(words)["methods"][0] == "lora"
+    lines = re.findall(r"^python -m benchmarks\.quality (.*)$", text, re.MULTILINE)
+    stages = [shlex.split(line) for line in lines]
+    assert sorted(stage for stage, *_ in stages) == ["dreambench", "dreambench", "paper", "paper"]
+    for stage, *words in stages:
+        arguments, rest = parser_of(stage).parse_known_args(words)
+        assert not rest and arguments.methods[0] == "lora"
+        assert (root / CONFIGS[stage]).is_file()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_flag_hides_one_of_the_trainers(stage: str) -> None:
+    own = {action.dest for action in parser_of(stage)._actions}
+    assert own & set(FLAGS) == {"output_dir"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.quality.concepts import PAPER_NAMES, PAPER_PROMPT, dreambooth_concepts, paper_concept
 from bilora_diffusion.errors import UserError
 
-__all__ = ["STAGES", "main", "read_options"]
+__all__ = ["CONFIGS", "STAGES", "main", "parser_of", "read_options"]
 
 STAGES = ("paper", "dreambench")
 CONFIGS = {"paper": "configs/paper_3d_icons.yaml", "dreambench": "configs/dreambooth.yaml"}
@@ -43,7 +43,7 @@ def read_options(words: list[str]) -> dict:
     from bilora_diffusion.report.plan import check_methods, without_token
 
     stage = words[0]
-    arguments, rest = _parser(stage).parse_known_args(words[1:])
+    arguments, rest = parser_of(stage).parse_known_args(words[1:])
     for name, least in LEAST.items():
         value = getattr(arguments, name, None)
         if value is not None and value < least:
@@ -84,7 +84,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(" ".join(message.removeprefix("argument ").split()))
 
 
-def _parser(stage: str) -> argparse.ArgumentParser:
+def parser_of(stage: str) -> argparse.ArgumentParser:
+    """A stage's own flags."""
     parser = _Parser(
         prog=f"python -m benchmarks.quality {stage}",
         epilog=f"All other flags are the trainer's (docs/flags.md), over --config {CONFIGS[stage]}. A scorer is a "
