@@ -238,6 +238,10 @@ def test_what_is_there_is_not_made_again(paper: list, told: tuple[dict, str]) ->
     other, _ = carry_out(changed, never)
     assert other["picture_settings"]["steps"] == 1
     assert other["runs"]["icons/lora-seed3"]["scores"] != told[0]["runs"]["icons/lora-seed3"]["scores"]
+    (folder / "00-000.png").write_bytes((folder / "00-000.png").read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"00-000\.png cannot be read .*: delete it, and it is drawn again"):
+        carry_out(changed, never)
+    (folder / "00-000.png").unlink()
 
 
 def test_another_captioner_does_not_take_the_old_captions(paper: list, told: tuple, models: dict[str, Path]) -> None:
