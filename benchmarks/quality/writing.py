@@ -124,10 +124,14 @@ def _notes(options: Options, base: Base, runs: Sequence[DrawnRun], models: Mappi
     told = "; ".join(f"*{one.title}*: {one.meaning}" for one in stage.scores)
     named = ", ".join(f"{one.name} ({one.revision or 'a folder'})" for one in models.values())
     clusters = len(options.concepts) if stage.cluster == "subject" else len(options.seeds)
-    spread = f"are over {clusters} {stage.cluster}s" if clusters > 1 else f"need more than one {stage.cluster}"
+    spread = (
+        f"are over {clusters} {stage.cluster}s; where an interval holds 0 no difference was shown"
+        if clusters > 1
+        else f"need more than one {stage.cluster}: one shows nothing"
+    )
     lines = [
         f"{told}. Higher is more. Standard errors, and the 95 % intervals of the paired differences (Student's t), "
-        f"{spread}; where an interval holds 0 no difference was shown.",
+        f"{spread}.",
         "",
         f"Base {base.shared_name}; seeds {', '.join(map(str, options.seeds))}; "
         f"{sum(len(run.concept.prompts) for run in runs) * options.pictures} pictures in {options.steps} steps with "
