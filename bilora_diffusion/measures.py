@@ -97,35 +97,44 @@ class EmbeddedJudge:
 
 
 class ClipJudge:
-    """Any CLIP in transformers' layout, on the CPU.
+    """Any CLIP in transformers' layout, in float32.
 
     Arguments:
         folder: a folder or a hub id.
+        device: where it computes; what it returns is on the CPU.
+        name: in messages; unset: the hub id, or the folder's own name.
 
     Raises:
         UserError: it cannot be found or read.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.name = Path(folder).name if Path(folder).exists() else folder
+    def __init__(self, folder: str, device: torch.device | None = None, name: str | None = None) -> None:
+        self.name = name or (Path(folder).name if Path(folder).exists() else folder)
+        self._device = device or torch.device("cpu")
         try:
             with quiet_libraries():
-                self._model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+                model, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
                 self._processor = CLIPProcessor.from_pretrained(folder)
+            if missing := sorted(info["missing_keys"]):  # left random, with no more than a warning
+                raise ValueError(f"it lacks {len(missing)} weights such as {missing[0]}")
         except Exception as error:  # transformers raises many kinds on what is no CLIP
             raise UserError(f"--clip {self.name}: not a CLIP that can be read ({str(error).splitlines()[0]})") from None
+        self._model = model.eval().to(self._device)
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = self._processor.image_processor(list(pictures), return_tensors="pt").pixel_values
-        return normalize(self._model.visual_projection(self._model.vision_model(pixels).pooler_output), dim=1)
+        pixels = self._processor.image_processor(list(pictures), return_tensors="pt").pixel_values.to(self._device)
+        return normalize(self._model.visual_projection(self._model.vision_model(pixels).pooler_output), dim=1).cpu()
 
     @torch.no_grad()
-    def image_text(self, images: Tensor, prompts: Sequence[str]) -> tuple[float | None, str]:
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """(N, D), rows of length 1; what is longer than the CLIP reads is cut."""
         ids = self._processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-        pooled = self._model.text_model(**ids).pooler_output
-        texts = normalize(self._model.text_projection(pooled), dim=1)
-        return (images * texts).sum(1).mean().item(), ""
+        pooled = self._model.text_model(**ids.to(self._device)).pooler_output
+        return normalize(self._model.text_projection(pooled), dim=1).cpu()
+
+    def image_text(self, images: Tensor, prompts: Sequence[str]) -> tuple[float | None, str]:
+        return (images * self.texts(prompts)).sum(1).mean().item(), ""
 
 
 def judge_for(base: str, clip: str | None = None) -> Judge | None:

@@ -1,4 +1,4 @@
-"""python -m benchmarks.quality choose | measure | rises | report
+"""python -m benchmarks.quality choose | measure | rises | report | paper | dreambench
 
     choose    trains every candidate of `plan` on seed 0: learning rate and strength are chosen by the loss on the
               validation names at each run's best step
@@ -6,14 +6,22 @@
     rises     how far each perturbation raises the loss of the batch at hand, all at equal norm
     report    benchmarks/results/quality.md from what is there
 
-Every run is written when it is done, so that a stopped command goes on with the next one. One process uses one core:
-start two with --part 1/2 and --part 2/2 to use two.
+    paper       the paper's experiment on real SDXL: trains, draws the paper's prompts, scores them by CLIP
+    dreambench  DreamBooth's subjects on real SDXL: trains each, draws DreamBooth's prompts, scores by DINO and CLIP
+
+The last two have flags of their own (`paper --help`) and write into outputs/; docs/benchmarks.md tells of them. Of the
+others every run is written when it is done, so that a stopped command goes on with the next one. One process uses one
+core: start two with --part 1/2 and --part 2/2 to use two.
 """
 
 import argparse
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.quality import stages
 
 __all__ = ["main"]
 
@@ -25,14 +33,18 @@ ASCENTS = ("lora", "bilora", "bilora-fresh", "lora-sam", "looksam", "s2-sam", "e
 """Those whose perturbation is a change of the factors, and LoRA for the directions that any method could have."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a stage. Returns 0; from `stages.main` also other codes."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in stages.STAGES:
+        return stages.main(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("choose", "measure", "rises", "report"))
+    parser.add_argument("stage", choices=("choose", "measure", "rises", "report", *stages.STAGES))
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--rates", type=float, nargs="+", help="of `choose`: only these learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of `measure`")
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     RESULTS.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "report":
         from benchmarks.quality.report import report
@@ -40,7 +52,7 @@ def main() -> None:
         path = RESULTS.parent / "quality.md"
         path.write_text(report(RESULTS, RISES))
         print(path)
-        return
+        return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from benchmarks.quality.laboratory import Laboratory
     from benchmarks.quality.plan import candidates
@@ -71,6 +83,7 @@ def main() -> None:
         path.write_text(json.dumps(rounded(found)) + "\n")
         last = found["evaluations"][max(found["evaluations"])]
         print(f"seed {seed}: {configuration}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.items()), flush=True)
+    return 0
 
 
 def rounded(value):
@@ -83,4 +96,4 @@ def rounded(value):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

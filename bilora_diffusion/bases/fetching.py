@@ -43,12 +43,20 @@ def existing_path(name: str, flag: str) -> Path | None:
     raise UserError(f"{flag}: there is no file or folder {name}.")
 
 
-def fetch(name: str, patterns: list[str], flag: str, revision: str | None, cache_dir: str | None) -> Path:
+def fetch(
+    name: str,
+    patterns: list[str],
+    flag: str,
+    revision: str | None,
+    cache_dir: str | None,
+    revision_flag: str = "--revision",
+) -> Path:
     """Downloads what of a hub model is not in the cache yet; returns its folder there.
 
     Arguments:
         patterns: the files wanted, such as "unet/*.json"; a pattern without a file is no error.
         flag: the flag that named the model, for the messages.
+        revision_flag: the flag that named its revision, likewise.
 
     Raises:
         UserError: no such model or revision, no permission, or no connection and not cached.
@@ -61,7 +69,7 @@ def fetch(name: str, patterns: list[str], flag: str, revision: str | None, cache
             "`hf auth login` or set HF_TOKEN."
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"--revision: {name} has no revision {revision}.") from error
+        raise UserError(f"{revision_flag}: {name} has no revision {revision}.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
             f"{flag}: {name} is no file or folder here, and no model on the hub that you may read."
