@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import laboratory, measures, rises
+from benchmarks.quality import laboratory, measures, rises, stacking
 from benchmarks.quality.plan import Configuration, candidates
 from benchmarks.quality.report import PICTURE_MEASURES, at_best, chosen, report
 from bilora_diffusion.config import METHOD_NAMES
@@ -113,3 +113,17 @@ def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: lab
     assert one["rounded_to_8_bits"] != one["evaluations"][2]["test"]
     again = laboratory_.train(Configuration("lora", 1e-3), 1)
     assert again["training_losses"] == one["training_losses"] and again["evaluations"][2] == one["evaluations"][2]
+
+
+def test_what_stacking_would_save(
+    laboratory_: laboratory.Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stacking, "ADAPTERS", (1, 3))
+    monkeypatch.setattr(stacking, "ROUNDS", 1)
+    found = stacking.stacking(laboratory_)
+    one, three = found["seconds"].values()
+    assert 0 < one < three
+    assert found["share_of_separate"] == {1: 1.0, 3: pytest.approx(three / (3 * one))}
+    (tmp_path / "stacking.json").write_text(json.dumps(found))
+    text = report(tmp_path / "none", stacking=tmp_path / "stacking.json")
+    assert f"batches of 4 rows: 3 adapters {three / (3 * one):.0%};" in text

@@ -1,9 +1,10 @@
-"""python -m benchmarks.quality choose | measure | rises | report | paper | dreambench
+"""python -m benchmarks.quality choose | measure | rises | stacking | report | paper | dreambench
 
     choose    trains every candidate of `plan` on seed 0: learning rate and strength are chosen by the loss on the
               validation names at each run's best step
     measure   trains the chosen ones on five other seeds, measures on the test names, draws pictures
     rises     how far each perturbation raises the loss of the batch at hand, all at equal norm
+    stacking  what the base's passes would cost a row if several adapters were trained stacked over it
     report    benchmarks/results/quality.md from what is there
 
     paper       the paper's experiment on real SDXL: trains, draws the paper's prompts, scores them by CLIP
@@ -27,6 +28,7 @@ __all__ = ["main"]
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
 RISES = RESULTS.parent / "rises"
+STACKING = RESULTS.parent / "stacking.json"
 CHOOSING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 ASCENTS = ("lora", "bilora", "bilora-fresh", "lora-sam", "looksam", "s2-sam", "eflat-lora")
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in stages.STAGES:
         return stages.main(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("choose", "measure", "rises", "report", *stages.STAGES))
+    parser.add_argument("stage", choices=("choose", "measure", "rises", "stacking", "report", *stages.STAGES))
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--rates", type=float, nargs="+", help="of `choose`: only these learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of `measure`")
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.quality.report import report
 
         path = RESULTS.parent / "quality.md"
-        path.write_text(report(RESULTS, RISES))
+        path.write_text(report(RESULTS, RISES, STACKING))
         print(path)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.quality.report import chosen
     from benchmarks.quality.rises import rises
 
+    if arguments.stage == "stacking":
+        from benchmarks.quality.stacking import stacking
+
+        STACKING.write_text(json.dumps(rounded(stacking(Laboratory()))) + "\n")
+        print(STACKING)
+        return 0
     folder = RISES if arguments.stage == "rises" else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "choose":

@@ -53,8 +53,8 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "looksam": [{"rho": 0.2}],
     "s2-sam": [{"rho": 0.05}, {"rho": 0.2}],
     "eflat-lora": [{"rho": 0.01}, {"rho": 0.05}],
-    "obar": [{"bar_strength": 2.0}],
-    "nbar": [{"bar_strength": 2.0}],
+    "obar": [{"bar_strength": 0.25}, {"bar_strength": 2.0}, {"bar_strength": 8.0}],
+    "nbar": [{"bar_strength": 0.25}, {"bar_strength": 2.0}, {"bar_strength": 8.0}],
 }
 """At each method's own flags; `rwp-full` is flat-lora with a constant schedule."""
 

@@ -39,12 +39,13 @@ def chosen(folder: Path) -> dict[str, Configuration]:
     return {method: configuration for method, (_, configuration) in best.items()}
 
 
-def report(folder: Path, rises: Path | None = None) -> str:
+def report(folder: Path, rises: Path | None = None, stacking: Path | None = None) -> str:
     """Markdown.
 
     Arguments:
         folder: of the runs' files.
         rises: of the files of `rises`.
+        stacking: the file of `stacking`.
     """
     everything = runs(folder)
     best = chosen(folder)
@@ -56,7 +57,22 @@ def report(folder: Path, rises: Path | None = None) -> str:
     if looked:
         lines += _rises(looked)
     lines += _candidates([run for run in everything if run["seed"] == CHOOSING_SEED], best)
+    if stacking is not None and stacking.is_file():
+        lines += _stacking(json.loads(stacking.read_text()))
     return "\n".join(lines) + "\n"
+
+
+def _stacking(found: Mapping[str, Any]) -> list[str]:
+    shares = [f"{count} adapters {share:.0%}" for count, share in found["share_of_separate"].items() if count != "1"]
+    return [
+        "",
+        "## Why the runs are not stacked",
+        "",
+        "Adapters of several methods could be trained over one base in one larger batch. Its forward and backward "
+        f"passes would then take, of what they take in batches of {found['batch']} rows: {', '.join(shares)}; the "
+        "adapters' own products, in batched form, are not counted. As that is all there is to gain, each run is the "
+        "trainer's own.",
+    ]
 
 
 INTRODUCTION = [
