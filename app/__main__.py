@@ -33,7 +33,12 @@ def launch(options: Options):
     Raises:
         UserError: gradio is not installed, or the port is taken.
     """
+    from app.services import Services
+
+    services = Services(options)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    # Gradio's own copies of pictures and uploads: they go with the app, which Gradio alone would not see to.
+    os.environ["GRADIO_TEMP_DIR"] = str(services.folder / "gradio")
     try:
         import_gradio()
         from app.build import build
@@ -42,9 +47,6 @@ def launch(options: Options):
         if error.name != "gradio":
             raise
         raise UserError('gradio is missing: install it with `pip install "bilora-diffusion[app]"`') from None
-    from app.services import Services
-
-    services = Services(options)
     blocks = build(services)
     try:
         _, url, shared = blocks.launch(

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app.services import UPLOADS, Services
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.generation.settings import LoraUse
 from bilora_diffusion.lora_files.description import LoraDescription
 
@@ -50,17 +51,22 @@ def chosen_loras(values: Sequence[Any]) -> tuple[LoraUse, ...]:
     Raises:
         UserError: a weight out of range.
     """
-    pairs = zip(values[::2], values[1::2], strict=True)
+    pairs = list(zip(values[::2], values[1::2], strict=True))
+    if any(file and weight is None for file, weight in pairs):
+        raise UserError("a weight is empty: write a number")
     return tuple(LoraUse(file=file, weight=weight) for file, weight in pairs if file)
 
 
 def newest_of_method(services: Services, method: str) -> str | None:
     """The newest file, in diffusers' layout, that says it was trained so, and not on another base than the first."""
-    for name in services.files.names():
+    names = services.files.names()
+    for name in names:
         description = services.files.describe(name)
         fits = description.facts.get("base") in (None, services.bases[0]) and not name.startswith(f"{UPLOADS}/")
         if fits and description.method == method and description.layout == "diffusers":
-            return name
+            path = PurePosixPath(name)
+            finished = (path.parent.parent / path.name).as_posix()
+            return finished if path.parent.name.startswith("checkpoint-") and finished in names else name
     return None
 
 

@@ -172,7 +172,10 @@ class GenerateTab:
     def take_settings(self, path: str | None) -> list:
         """Fills the form from a PNG, and empties the box for the next one."""
         try:
-            settings = PictureSettings.from_json(read_settings(Path(path or "")))
+            values = read_settings(Path(path or ""))
+            if "comparison" in values:
+                raise UserError(f"{Path(path or '').name} is the table of a comparison: drop it on the Compare tab")
+            settings = PictureSettings.from_json(values)
             return [markup.note(f"These are the settings of {Path(path or '').name}."), None, *self.shown(settings)]
         except UserError as error:
             return [markup.error(str(error)), None, *(gr.skip() for _ in self.everything)]
@@ -211,6 +214,8 @@ def settings_from(values: Sequence[Any]) -> PictureSettings:
     """
     own = dict(zip(NAMES, values[: len(NAMES)], strict=True))
     own |= {name: own[name] or None for name in ("width", "height")}
+    if own["seed"] is None:
+        raise UserError("the seed is empty: write a number, or -1 for a random one")
     if own["seed"] == RANDOM_SEED:
         own["seed"] = random.randrange(2**32)
     return PictureSettings(**own, loras=chosen_loras(values[len(NAMES) :]))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from PIL import Image
@@ -138,7 +139,8 @@ def left_out(ends: Sequence[str]) -> str:
     if not cut:
         return ""
     where = "The prompt is" if len(ends) == 1 else f"{len(cut)} prompts are" if len(cut) > 1 else "A prompt is"
-    return f"{where} longer than the base reads; left out is: {cut[0][:MOST_LEFT_OUT]}"
+    end = shorten(cut[0], MOST_LEFT_OUT, placeholder=" ...")
+    return f"{where} longer than the base reads; left out is: {end}"
 
 
 def _cell(path: Path, alt: str, side: int) -> str:

@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     return Options(
         bases=tuple(dict.fromkeys(given.base or (EMBEDDED,))),
         lora_dirs=tuple(Path(folder) for folder in given.lora_dir or ("outputs",)),
-        runs_dir=Path(given.runs_dir),
+        runs_dir=_folder(given.runs_dir),
         clip=given.clip,
         host=given.host,
         port=given.port,
@@ -91,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
         "--allow_training", action="store_true", help="start and stop runs also where others can reach the app"
     )
     return parser
+
+
+def _folder(text: str) -> Path:
+    """`--runs_dir`, which need not be there yet."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--runs_dir {path} is no folder: name the folder of the training runs")
+    return path
 
 
 def _auth(text: str | None) -> tuple[str, str] | None:

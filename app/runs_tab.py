@@ -175,19 +175,27 @@ class RunsTab:
         new = {name: not seen or seen.get(name) != value for name, value in now.items()}
         files = self._files_of(shown[0]) if shown and new["files"] else []
         values = [name for _, name in files]
+        # The newest, unless a person has chosen another one.
+        stays = file in values and file != (seen or {}).get("newest")
+        now["newest"] = next(iter(values), None) if new["files"] else (seen or {}).get("newest")
         return (
             self.list_html(),
-            gr.update(choices=names, value=kept) if new["names"] else gr.skip(),
+            self._choices(names, chosen, kept, seen is None) if new["names"] else gr.skip(),
             _plots(shown) if new["curves"] else gr.skip(),
             _status_of(shown[0]) if shown else "",
             shown[0].log() if shown else "",
             shown[0].command() if shown else "",
-            gr.update(choices=files, value=file if file in values else next(iter(values), None))
-            if new["files"]
-            else gr.skip(),
+            gr.update(choices=files, value=file if stays else now["newest"]) if new["files"] else gr.skip(),
             _pictures(shown[0]) if shown and new["previews"] else [] if new["previews"] else gr.skip(),
             now,
         )
+
+    @staticmethod
+    def _choices(names: Sequence[str], chosen: Sequence[str], kept: Sequence[str], opened: bool) -> dict[str, Any]:
+        """The runs to choose from. The choice itself is left alone: a run may have been started meanwhile."""
+        if opened or list(kept) != list(chosen or []):
+            return gr.update(choices=names, value=kept)
+        return gr.update(choices=names)
 
     def _files_of(self, run: Run) -> list[tuple[str, str]]:
         """(what is shown, name among the LoRA files)."""
@@ -212,10 +220,12 @@ class RunsTab:
         try:
             self._require_training()
             run = self._first(chosen)
+            begun = any(run.path.glob("checkpoint-*"))
             resume_run(run)
         except UserError as error:
             return markup.error(str(error))
-        return markup.note(f"{run.name} goes on from its last checkpoint.")
+        how = "goes on from its last checkpoint" if begun else "has no checkpoint yet, so it begins anew"
+        return markup.note(f"{run.name} {how}.")
 
     def start_run(self, name: str, preset: str, *values: str) -> tuple:
         """Starts a run and shows it."""

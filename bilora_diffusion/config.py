@@ -248,7 +248,7 @@ class TrainingConfig:
         origin="bilora",
     )
     bar_strength: float = flag(
-        0.25,
+        2.0,
         "obar and nbar: what one factor gains and the other loses in a step, in learning rates",
         group=METHOD,
         within=NOT_NEGATIVE,

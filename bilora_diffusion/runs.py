@@ -205,7 +205,7 @@ def start_run(folder: Path, name: str, words: Sequence[str]) -> Run:
     Raises:
         UserError: a flag is wrong, in the trainer's own words; or there is a folder of this name.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
         raise UserError(f"the name {show(name)} cannot be a run's: use letters, digits, dots, dashes and underscores")
     path = folder.resolve() / name
     if path.exists():

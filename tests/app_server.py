@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 from lora_samples import ALL_PARTS, write_lora
@@ -55,11 +56,12 @@ def write_outputs(folder: Path) -> Path:
 def serve(outputs: Path, **options: Any) -> Iterator[Server]:
     """The app, as `python -m app` starts it."""
     port = free_port()
-    blocks = launch(Options(lora_dirs=(outputs,), runs_dir=outputs, port=port, **options))
-    try:
-        yield Server(f"http://127.0.0.1:{port}", outputs)
-    finally:
-        blocks.close(verbose=False)
+    with mock.patch.dict(os.environ):  # one app a process has Gradio's folder to itself; here are several
+        blocks = launch(Options(lora_dirs=(outputs,), runs_dir=outputs, port=port, **options))
+        try:
+            yield Server(f"http://127.0.0.1:{port}", outputs)
+        finally:
+            blocks.close(verbose=False)
 
 
 def browser_path() -> str:

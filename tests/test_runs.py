@@ -190,7 +190,7 @@ def test_the_log_shows_bars_as_they_end(tmp_path: Path) -> None:
     assert len(run.log()) == runs.MOST_LOG_BYTES
 
 
-@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "../a", "a b", "ä", "x" * 101, "a\n"])
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "-rf", "a/b", "../a", "a b", "ä", "x" * 101, "a\n"])
 def test_names_that_are_no_folders(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be a run's"):
         start_run(tmp_path, name, ["--config", str(ROOT / "configs" / "quickstart.yaml")])

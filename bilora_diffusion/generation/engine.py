@@ -139,7 +139,11 @@ class Engine:
         ends = []
         for tokenizer in (self.load().tokenizer, self.load().tokenizer_2):
             tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
-            ends.append(tokenizer.decode(tokens[tokenizer.model_max_length - 1 : -1], skip_special_tokens=True).strip())
+            first = min(tokenizer.model_max_length, len(tokens)) - 1
+            pieces = tokenizer.convert_ids_to_tokens(tokens)
+            while len(tokens) > tokenizer.model_max_length and first > 1 and not pieces[first - 1].endswith("</w>"):
+                first -= 1  # to the beginning of the word
+            ends.append(tokenizer.decode(tokens[first:-1], skip_special_tokens=True).strip())
         return max(ends, key=len)
 
     def check(self, path: Path, name: str) -> None:

@@ -70,7 +70,7 @@ class LoraFiles:
         if not name.lower().endswith(SUFFIX):
             raise UserError(f"{show(name)} is not opened: only {SUFFIX} files are, never pickles")
         start, _, rest = name.replace("\\", "/").partition("/")
-        unknown = UserError(f"there is no LoRA file {show(name)}: the list of LoRAs has those that can be used")
+        unknown = UserError(f"there is no LoRA file {show(name)}: it is not below the folders that were given")
         if start not in self.folders or not rest:
             raise unknown
         folder = self.folders[start].resolve()

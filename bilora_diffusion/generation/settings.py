@@ -85,6 +85,8 @@ class PictureSettings:
     def __post_init__(self) -> None:
         _check_fields(self)
         for name in ("prompt", "negative_prompt"):
+            if not _is_text(getattr(self, name)):
+                raise UserError(f"{name} holds half of a character, which is no text")
             if len(getattr(self, name)) > MOST_PROMPT_CHARACTERS:
                 raise UserError(f"{name} has {len(getattr(self, name))} characters: at most {MOST_PROMPT_CHARACTERS}")
         if len(self.loras) > MOST_LORAS:
@@ -120,6 +122,15 @@ FIELDS: dict[str, Flag] = {
     if field.metadata
 }
 """The meaning, default and range of each value by its name, for forms and documentation."""
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written at all: JSON can hold one half of a pair of surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def loras_from_json(values: Any) -> tuple[LoraUse, ...]:
