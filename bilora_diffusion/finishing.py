@@ -36,6 +36,11 @@ __all__ = ["finish", "package_versions", "peak_memory_bytes", "save_loras", "upl
 logger = logging.getLogger("bilora_diffusion")
 
 FINAL_PICTURES = "final"
+ADVICE = (
+    "tip: which method is worth its cost was measured (docs/methods.md): stopping in time is worth more than any of "
+    "them; where nothing can be held out, --method nbar overfits less at no cost"
+)
+"""What `benchmarks/results/quality.md` says."""
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
@@ -307,5 +312,4 @@ def _say(
     for note in ("inert", "leaning"):
         if summary[note]:
             logger.info(f"note: {summary[note]}")
-    if interrupted:
-        logger.info("continue with --resume_from_checkpoint latest")
+    logger.info("continue with --resume_from_checkpoint latest" if interrupted else ADVICE)

@@ -301,7 +301,7 @@ def test_what_a_run_shows(pictures: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert text in last, text
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last)  # time used < time left
     others = [line for line in re.sub(r"[^\n]*\r", "", printed).splitlines() if line and not line.startswith("bilora:")]
-    ours = ("latents are not cached", "done: 4 steps", str(tmp_path), "note: ")
+    ours = ("latents are not cached", "done: 4 steps", str(tmp_path), "note: ", "tip: ")
     assert [line for line in others if not line.startswith(ours)] == []
 
 
