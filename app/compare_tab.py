@@ -93,8 +93,10 @@ class CompareTab:
                 self.row = gr.Dropdown([], label="Row", type="index", min_width=220, scale=2)
                 self.left = gr.Dropdown([], label="Left", type="index", min_width=120)
                 self.right = gr.Dropdown([], label="Right", type="index", min_width=120)
+            gr.HTML('<p class="quiet">Drag the line: left and right have the same prompt and seed.</p>')
             self.slider = gr.ImageSlider(
-                label="Drag the line: left and right have the same prompt and seed",
+                label="Left and right",
+                show_label=False,
                 format="png",
                 type="pil",
                 elem_id="slider",

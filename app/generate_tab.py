@@ -89,6 +89,7 @@ class GenerateTab:
         self.status = gr.HTML(markup.note("Write a prompt and press Generate, or Ctrl-Enter."), elem_id="status")
         self.gallery = gr.Gallery(
             label="Pictures: PNG files with their settings inside",
+            show_label=False,  # it would cover the pictures' tops
             format="png",
             columns=2,
             height=480,

@@ -89,7 +89,11 @@ document.addEventListener("click", (event) => {
 document.addEventListener("keydown", (event) => {
   // The same place on the screen for each column of a row: differences jump to the eye.
   const open = large();
-  if (!open) return;
+  if (!open) {
+    if (event.key !== "Enter" || event.ctrlKey || !event.target.matches?.(".comparison img")) return;
+    event.preventDefault();
+    return event.target.classList.add("large");
+  }
   if (event.key === "Escape") open.classList.remove("large");
   const columns = open.closest("tr").children.length;
   const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];

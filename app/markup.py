@@ -145,7 +145,7 @@ def left_out(ends: Sequence[str]) -> str:
 
 def _cell(path: Path, alt: str, side: int) -> str:
     with Image.open(path) as picture:
-        return f'<td><img src="{_data_uri(picture, side)}" alt="{escape(alt)}"></td>'
+        return f'<td><img src="{_data_uri(picture, side)}" alt="{escape(alt)}" tabindex=0></td>'
 
 
 def _numbers(measures: Sequence[Mapping[str, Any]]) -> str:

@@ -77,8 +77,9 @@ class RunsTab:
                 with gr.Row():
                     self.to_generate = gr.Button("Open in Generate", size="sm", elem_id="to-generate")
                     self.to_compare = gr.Button("Open in Compare", size="sm", elem_id="to-compare")
+                gr.HTML('<p class="quiet">Previews, the newest first</p>')
                 self.previews = gr.Gallery(
-                    label="Previews, the newest first", format="png", columns=3, height=320, elem_id="previews"
+                    label="Previews", show_label=False, format="png", columns=2, height=320, elem_id="previews"
                 )
         self._lay_out_start()
         self._connect(tabs, generate, compare)

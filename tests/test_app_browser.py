@@ -358,6 +358,10 @@ def a_picture_is_enlarged(page, name: str) -> None:
     assert large.count() == 1 and large.get_attribute("src") == pictures.nth(1).get_attribute("src")
     page.keyboard.press("Escape")
     assert large.count() == 0
+    pictures.nth(1).focus()
+    page.keyboard.press("Enter")
+    assert large.get_attribute("src") == pictures.nth(1).get_attribute("src")
+    page.keyboard.press("Escape")
 
 
 def fits(page) -> None:
