@@ -79,7 +79,13 @@ class RunsTab:
                     self.to_compare = gr.Button("Open in Compare", size="sm", elem_id="to-compare")
                 gr.HTML('<p class="quiet">Previews, the newest first</p>')
                 self.previews = gr.Gallery(
-                    label="Previews", show_label=False, format="png", columns=2, height=320, elem_id="previews"
+                    label="Previews",
+                    show_label=False,
+                    format="png",
+                    columns=2,
+                    height=320,
+                    object_fit="contain",
+                    elem_id="previews",
                 )
         self._lay_out_start()
         self._connect(tabs, generate, compare)
