@@ -29,7 +29,6 @@ def write(folder: Path, configuration: Configuration, seed: int, losses: dict[in
         },
         "loss_gaps": [0.002] if configuration.method != "lora" else [],
         "training_losses": [0.1] * 10,
-        "seconds": 1.0 if configuration.method == "lora" else 1.5,
         "pictures": dict.fromkeys(PICTURE_MEASURES, pictures),
         "sharpness": {"sizes": [0.01, 0.02], "rises": [0.001, 0.002], "loss": 0.1},
         "rounded_to_8_bits": max(losses.values()) + 0.01,
@@ -57,9 +56,19 @@ def test_differences_are_paired(tmp_path: Path):
     for seed, level in ((0, 0.2), (1, 0.1), (2, 0.2), (3, 0.3)):
         write(tmp_path, lora, seed, {100: level}, 0.5)
         write(tmp_path, flat, seed, {100: level - 0.002}, 0.6)
-    lines = report(tmp_path).splitlines()
+    fresh = Configuration("bilora-fresh", 1e-3, {"ascent_share": 0.5})
+    for seed in (0, 1):
+        write(tmp_path, fresh, seed, {100: 0.1})
+    samples = {"lora": [[0, place, 2.0, 2.0] for place in (0, 3, 6)], "flat-lora": [[0, 1, 3.0, 3.0]]}
+    samples["bilora-fresh"] = [[0, 4, 4.0, 4.0]]
+    speed = {"sample": ["round", "place", "seconds", "cpu_seconds"], "device": "x86_64 CPU, 1 thread"}
+    speed |= {"configuration": {"device": "cpu"}, "contenders": {k: {"samples": v} for k, v in samples.items()}}
+    (tmp_path / "speed").mkdir()
+    (tmp_path / "speed" / "speed.json").write_text(json.dumps(speed))
+    lines = report(tmp_path, speed=tmp_path / "speed" / "speed.json").splitlines()
     (row,) = (line for line in lines if line.startswith("| flat-lora") and "x 1.50" in line)
     assert "-20 +- 0" in row
+    assert sum(line.startswith("| bilora-fresh") and "x 1.50" in line for line in lines) == 1  # half of what 2 add
     (own,) = (line for line in lines if line.startswith("| lora") and "x 1.00" in line)
     assert "0.2100" in own
     drawn = [line for line in lines if "+0.100 +- 0.000" in line]

@@ -29,6 +29,7 @@ __all__ = ["main"]
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
 RISES = RESULTS.parent / "rises"
 STACKING = RESULTS.parent / "stacking.json"
+SPEED = RESULTS.parent / "speed_medium_cpu.json"
 CHOOSING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 ASCENTS = ("lora", "bilora", "bilora-fresh", "lora-sam", "looksam", "s2-sam", "eflat-lora")
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.quality.report import report
 
         path = RESULTS.parent / "quality.md"
-        path.write_text(report(RESULTS, RISES, STACKING))
+        path.write_text(report(RESULTS, RISES, STACKING, SPEED))
         print(path)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")

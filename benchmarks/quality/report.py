@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.plan import Configuration
+from benchmarks.speed.report import ratio_to_baseline
 from bilora_diffusion.paired import half_width
 
 __all__ = ["PICTURE_MEASURES", "at_best", "chosen", "report"]
@@ -39,20 +40,22 @@ def chosen(folder: Path) -> dict[str, Configuration]:
     return {method: configuration for method, (_, configuration) in best.items()}
 
 
-def report(folder: Path, rises: Path | None = None, stacking: Path | None = None) -> str:
+def report(folder: Path, rises: Path | None = None, stacking: Path | None = None, speed: Path | None = None) -> str:
     """Markdown.
 
     Arguments:
         folder: of the runs' files.
         rises: of the files of `rises`.
         stacking: the file of `stacking`.
+        speed: what `benchmarks.speed` measured, each method's step against LoRA's in turn; the runs' own times are of a
+            machine that did other things too.
     """
     everything = runs(folder)
     best = chosen(folder)
     lines = ["# Which method generalises?", "", *INTRODUCTION, ""]
     measured = [run for run in everything if run["seed"] != CHOOSING_SEED]
     if measured:
-        lines += _measured(measured, best)
+        lines += _measured(measured, best, costs(speed) if speed is not None else {})
     looked = runs(rises) if rises is not None and rises.is_dir() else []
     if looked:
         lines += _rises(looked)
@@ -60,6 +63,18 @@ def report(folder: Path, rises: Path | None = None, stacking: Path | None = None
     if stacking is not None and stacking.is_file():
         lines += _stacking(json.loads(stacking.read_text()))
     return "\n".join(lines) + "\n"
+
+
+def costs(speed: Path) -> dict[str, float]:
+    """Time of a step by method, as a share of LoRA's."""
+    content = json.loads(speed.read_text())
+    return {name: ratio_to_baseline(content, name)[0] for name in content["contenders"]}
+
+
+def _cost(configuration: Configuration, ratios: Mapping[str, float]) -> float | None:
+    """That of a configuration: of a second pass on a share of the batch, so much of what the whole one adds."""
+    ratio = ratios.get(configuration.method)
+    return None if ratio is None else 1 + configuration.settings.get("ascent_share", 1.0) * (ratio - 1)
 
 
 def _stacking(found: Mapping[str, Any]) -> list[str]:
@@ -80,7 +95,7 @@ INTRODUCTION = [
     "batch 4, 400 steps; for one seed all runs see the same icons, noise and timesteps, so differences to LoRA are "
     "paired. Losses are means over fixed draws: of 3D icons that were never trained on (validation names to choose "
     "by, test names to report), of the 23 (training), and of flat icons (what is forgotten). Where a candidate is "
-    "missing below it was not run. The times are of a shared machine: [speed.md](speed.md) has what a step costs.",
+    "missing below it was not run. [speed.md](speed.md) has where `time a step` comes from.",
 ]
 
 
@@ -91,8 +106,8 @@ def _candidates(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration
         "Validation loss at each one's best step, the other losses after the last. Bold: the method's best, which is "
         "measured above if there were more seeds.",
         "",
-        "| configuration | best step | validation, best | test, last | training, last | flat, last | gap | s a step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| configuration | best step | validation, best | test, last | training, last | flat, last | gap |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in sorted(some, key=lambda run: run["evaluations"][best_step(run)]["validation"]):
         step = best_step(run)
@@ -100,8 +115,7 @@ def _candidates(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration
         gap = f"{statistics.fmean(run['loss_gaps']):+.4f}" if run["loss_gaps"] else ""
         name = f"**{run['key']}**" if best[run["method"]].key == run["key"] else run["key"]
         cells = [f"{losses[kind]:.4f}" for kind in ("validation", "test", "training", "flat")]
-        seconds = f"{run['seconds'] / len(run['training_losses']):.3f}"
-        lines.append("| " + " | ".join([name, str(step), *cells, gap, seconds]) + " |")
+        lines.append("| " + " | ".join([name, str(step), *cells, gap]) + " |")
     return lines
 
 
@@ -149,7 +163,9 @@ GENERAL_DIRECTIONS = {
 }
 
 
-def _measured(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration]) -> list[str]:
+def _measured(
+    some: Sequence[dict[str, Any]], best: Mapping[str, Configuration], ratios: Mapping[str, float]
+) -> list[str]:
     by = {(run["method"], run["seed"]): run for run in some if run["key"] == best[run["method"]].key}
     seeds = sorted(seed for method, seed in by if method == "lora")
     pairs = {
@@ -174,7 +190,12 @@ def _measured(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration])
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for method, runs_ in pairs.items():
-        lines.append("| " + " | ".join([str(best[method]), *_loss_cells(method, runs_)]) + " |")
+        lines.append(
+            "| " + " | ".join([str(best[method]), *_loss_cells(method, runs_, _cost(best[method], ratios))]) + " |"
+        )
+    plain = [run for run, _ in pairs["lora"]]
+    stopped = _interval([1e4 * (at_best(run, "test") - last(run)["test"]) for run in plain], 0)
+    lines += ["", f"LoRA's own test loss at its best step, less that after its last: {stopped}."]
     lines += [
         "",
         "### Pictures",
@@ -227,12 +248,11 @@ def last(run: Mapping[str, Any]) -> dict[str, float]:
     return run["evaluations"][max(run["evaluations"], key=int)]
 
 
-def _loss_cells(method: str, pairs: Sequence[tuple[dict, dict]]) -> list[str]:
-    ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+def _loss_cells(method: str, pairs: Sequence[tuple[dict, dict]], cost: float | None) -> list[str]:
     steps = max(map(int, pairs[0][0]["evaluations"]))
     values = [
         lambda run: at_best(run, "test"),
-        lambda run: at_best(run, "test", steps if run["method"] == "lora" else steps / ratio),
+        lambda run: at_best(run, "test", steps if run["method"] == "lora" or cost is None else steps / cost),
         lambda run: last(run)["test"],
         lambda run: last(run)["test"] - last(run)["training"],
         lambda run: at_best(run, "flat"),
@@ -240,7 +260,9 @@ def _loss_cells(method: str, pairs: Sequence[tuple[dict, dict]]) -> list[str]:
         lambda run: run["sharpness"]["rises"][run["sharpness"]["sizes"].index(0.01)],
     ]
     cells = [_cell(method, [(value(a), value(b)) for a, b in pairs], 4) for value in values]
-    return [*cells, f"x {ratio:.2f}"]
+    if cost is None:
+        cells[1] = ""
+    return [*cells, "" if cost is None else f"x {cost:.2f}"]
 
 
 def _cell(method: str, pairs: Sequence[tuple[float, float]], digits: int) -> str:
