@@ -135,7 +135,7 @@ class CompareTab:
         def work(tell: Tell, cancelled: threading.Event) -> Compared:
             return self.services.compare(settings_from(values), tell, cancelled)
 
-        for shown, result in self.services.shown(_session(request), work):
+        for shown, result in self.services.shown(f"{request.session_hash} compare", work):
             if result is None:
                 yield shown, *(gr.skip() for _ in range(9))
                 continue
@@ -163,7 +163,7 @@ class CompareTab:
 
     def stop(self, request: gr.Request) -> None:
         """Ends the comparison of this browser."""
-        self.services.cancellations.cancel(_session(request))
+        self.services.cancellations.cancel(f"{request.session_hash} compare")
 
     def starts(self) -> list[str]:
         """What the columns begin with: base, the newest plain LoRA, the newest Bi-LoRA; at least two columns."""
@@ -225,11 +225,6 @@ class CompareTab:
             *(shared[name] if shared[name] is not None else 0 for name in SHARED),
             *pairs,
         ]
-
-
-def _session(request: gr.Request) -> str:
-    """Of this browser in this tab: each tab cancels its own."""
-    return f"{request.session_hash} compare"
 
 
 def settings_from(values: Sequence[Any]) -> ComparisonSettings:

@@ -129,7 +129,7 @@ class GenerateTab:
             return self.services.generate(settings_from(values), tell, cancelled)
 
         wanted = values[NAMES.index("pictures")]
-        for shown, drawn in self.services.shown(_session(request), work):
+        for shown, drawn in self.services.shown(f"{request.session_hash} generate", work):
             if drawn is None:
                 yield shown, gr.skip()
             else:
@@ -142,7 +142,7 @@ class GenerateTab:
 
     def stop(self, request: gr.Request) -> None:
         """Ends the pictures of this browser."""
-        self.services.cancellations.cancel(_session(request))
+        self.services.cancellations.cancel(f"{request.session_hash} generate")
 
     def opened(self) -> list[dict]:
         """For a page that is opened: as `renew_choices`."""
@@ -200,11 +200,6 @@ class GenerateTab:
             lora = settings.loras[number] if number < len(settings.loras) else None
             pairs += [gr.update(choices=choices, value=lora.file if lora else ""), lora.weight if lora else 1]
         return [*(values[name] if values[name] is not None else 0 for name in NAMES), *pairs]
-
-
-def _session(request: gr.Request) -> str:
-    """Of this browser in this tab: each tab cancels its own."""
-    return f"{request.session_hash} generate"
 
 
 def settings_from(values: Sequence[Any]) -> PictureSettings:

@@ -65,7 +65,7 @@ def follow(
 
 
 class Cancellations:
-    """Which work belongs to which browser."""
+    """Which work belongs to which browser, and to which of its tabs: each cancels its own."""
 
     def __init__(self) -> None:
         self._events: dict[str, set[threading.Event]] = {}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_pictures
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPProcessor, ViTImageProcessor, ViTModel
-from whole_run import interrupted_after, quicken
+from whole_run import interrupted_after, quickened
 
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.comparing import compare_methods
@@ -42,8 +42,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def quick_runs() -> Iterator[None]:
     """The written files are loaded again in tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
+    with quickened():
         yield
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from whole_run import Forked, forking, interrupted_after, metrics, quicken
+from whole_run import Forked, forking, interrupted_after, metrics, quickened
 
 from bilora_diffusion.bases import Base
 from bilora_diffusion.cli import main as train
@@ -185,8 +185,7 @@ def test_the_trainer_sees_the_others_only(tmp_path: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def quick_runs() -> Iterator[None]:
     """The written files are loaded again in tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
+    with quickened():
         yield
 
 

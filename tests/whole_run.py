@@ -84,6 +84,14 @@ def quicken(monkeypatch: pytest.MonkeyPatch, verify: bool = False, denoising_ste
     monkeypatch.setattr(assembly, "GRADIENT_ROWS", 4)
 
 
+@contextmanager
+def quickened() -> Iterator[None]:
+    """`quicken`, for a whole file of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        yield
+
+
 class StopAfter:
     """In the place of `Interruption`: wants the run to end with its k-th step, as if Ctrl-C had been pressed in it."""
 

@@ -2,11 +2,11 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.concepts import PAPER_NAMES, PAPER_PROMPT, dreambooth_concepts, paper_concept
+from bilora_diffusion.commands import GOES_ON, Parser, exit_code
 from bilora_diffusion.errors import UserError
 
 __all__ = ["CONFIGS", "STAGES", "main", "parser_of", "read_options"]
@@ -23,19 +23,15 @@ def main(words: Sequence[str]) -> int:
     Returns:
         0; 2 for a mistake of the user's, told in one line; 130 after Ctrl-C.
     """
-    try:
+
+    def work() -> None:
         options = read_options(list(words))
         from benchmarks.quality.comparing import compare_methods
         from benchmarks.quality.setting import Options
 
         print(compare_methods(Options(**options)))
-        return 0
-    except UserError as error:
-        error.tell()
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+
+    return exit_code(work, GOES_ON)
 
 
 def read_options(words: list[str]) -> dict:
@@ -79,14 +75,9 @@ def read_options(words: list[str]) -> dict:
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(" ".join(message.removeprefix("argument ").split()))
-
-
 def parser_of(stage: str) -> argparse.ArgumentParser:
     """A stage's own flags."""
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m benchmarks.quality {stage}",
         epilog=f"All other flags are the trainer's (docs/flags.md), over --config {CONFIGS[stage]}. A scorer is a "
         "folder, a hub id, or id@revision. docs/benchmarks.md has the rest.",

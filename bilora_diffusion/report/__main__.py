@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bilora_diffusion.commands import GOES_ON, Parser, exit_code
 from bilora_diffusion.errors import UserError
 
 __all__ = ["main"]
@@ -21,7 +22,8 @@ LEAST = {"pictures": 1, "draws": 1, "steps": 1, "hold_out": 0}
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the path of the page. Returns 0; 2 for a mistake of the user's, told in one line; 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def work() -> None:
         arguments, trainer_words = _parse(words)
         from bilora_diffusion.report.plan import check_methods, check_seeds, without_token
 
@@ -48,18 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command=shlex.join(["python", "-m", "bilora_diffusion.report", *without_token(words)]),
         )
         print(make_report(options))
-        return 0
-    except UserError as error:
-        error.tell()
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(" ".join(message.removeprefix("argument ").split()))
+    return exit_code(work, GOES_ON)
 
 
 def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -75,7 +67,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m bilora_diffusion.report",
         description=__doc__.split("\n\n", 1)[1],
         epilog="All other flags are the trainer's, for all runs alike: --config, --max_train_steps, ... "

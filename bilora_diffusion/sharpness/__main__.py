@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bilora_diffusion.commands import exit_code
 from bilora_diffusion.errors import UserError
 
 __all__ = ["main"]
@@ -21,16 +22,13 @@ WORST_SIZES = (0.005, 0.01, 0.02, 0.05, 0.1)
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 2 for a mistake of the user's, told in one line; 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         _check(arguments)
         for path in _measure(arguments):
             print(path)
-        return 0
-    except UserError as error:
-        error.tell()
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+    return exit_code(work)
 
 
 def _parser() -> argparse.ArgumentParser:
