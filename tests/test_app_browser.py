@@ -191,6 +191,11 @@ def test_compare_with_the_slider_and_the_files(page, server: Server, tmp_path: P
     settings = json.loads(downloaded(page, "#download-json", tmp_path).read_text())
     assert settings["columns"][2]["loras"] == [{"file": BOTH, "weight": 1.0}]
     assert settings["columns"][1]["loras"][0]["file"] == PLAIN and settings["steps"] == 2
+    # Not on the wrong tab.
+    page.get_by_role("tab", name="Generate").click()
+    page.locator("#png input[type=file]").set_input_files(path)
+    wait_for(page, "#status", "drop it on the Compare tab")
+    page.get_by_role("tab", name="Compare").click()
     # Both files fill the form again.
     page.fill("#compare-prompts textarea", "")
     page.locator("#compare-file input[type=file]").set_input_files(path)

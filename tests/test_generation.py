@@ -461,6 +461,8 @@ def test_a_strangers_file_says_what_it_can(outputs: Path, tmp_path: Path) -> Non
         ({"steps": None}, "steps is null"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guidance_scale": 1e9}, "guidance_scale is"),
+        ({"prompt": "half \ud800"}, "prompt holds half of a character"),
+        ({"negative_prompt": "\udfff"}, "negative_prompt holds half of a character"),
         ({"width": 65}, "multiple of 8"),
         ({"height": 100_000}, "height is 100000"),
         ({"seed": -1}, "seed is -1"),
@@ -559,3 +561,21 @@ def test_who_does_not_want_to_wait_leaves_the_line() -> None:
             pass
     waiting.join(10)
     assert not waiting.is_alive()
+
+
+def test_folders_have_names_of_their_own(tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "loras", tmp_path / "b" / "loras"
+    reserved = tmp_path / "uploads"
+    files = LoraFiles.below([first, second, first / "inner", tmp_path / "uploaded"], {"uploaded": reserved})
+    assert files.folders == {
+        "loras": first, "loras-2": second, "uploaded-2": tmp_path / "uploaded", "uploaded": reserved
+    }  # fmt: skip
+    assert files.name_of(second / "run" / "x.safetensors") == "loras-2/run/x.safetensors"
+    assert files.name_of(tmp_path / "else.safetensors") is None
+
+
+def test_what_is_left_out_begins_with_a_whole_word(engine: Engine) -> None:
+    assert engine.left_out(PROMPT) == ""
+    words = [f"{first}lion{last}" for first in "bdfgkm" for last in "bdfgkm"]  # CLIP reads each digit as a word
+    end = engine.left_out(" ".join(words)).replace(" ", "")
+    assert end and any(end == "".join(words[first:]) for first in range(1, len(words)))
