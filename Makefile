@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Apart, for the tests that need them: peft imports them wherever it finds them, which takes each process seconds.
+QUANTISED := $(VENV)/quantised
 
 .PHONY: demo app app-picture report report-picture setup test test-slow benchmark-quality benchmark-speed lint format flags \
 	clean
@@ -25,6 +27,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps --target $(QUANTISED) \
+		bitsandbytes torchao
 	touch $(READY)
 
 # Two at a time, a file in one process: more would need more than the 8 GB that many machines have.

@@ -19,6 +19,7 @@ from torch import nn
 
 from bilora_diffusion import methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, parameters_of
+from bilora_diffusion.base_precision import FLOATS, store_base
 from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
 from bilora_diffusion.batches import BatchMaker, TrainingMicroBatch
@@ -66,6 +67,11 @@ class Machine:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def has_own_memory(self) -> bool:
+        """Whether the device's memory is another than the computer's."""
+        return self.device.type not in ("cpu", "mps")
 
 
 @dataclass
@@ -140,15 +146,21 @@ def assemble(
     dataset = _data_set(config, machine, base, pictures, resolution, seed)
     prior_prompt = config.class_prompt if config.prior_from_base else None
     initial = read_lora(config.init_lora_from, base) if config.init_lora_from and not resumed else None
-    text = base.load(*TEXT_ENCODERS, dtype=machine.dtype)
-    encoders = [getattr(text, part).requires_grad_(False).to(machine.device) for part in TEXT_ENCODERS]
+    trains_text = config.train_text_encoder
+    text = base.load(*TEXT_ENCODERS, dtype=_base_dtype(config, machine) if trains_text else machine.dtype)
+    encoders = [getattr(text, part).requires_grad_(False) for part in TEXT_ENCODERS]
+    for part, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
+        if trains_text:
+            _place(config, machine, part, encoder)
+        else:
+            encoder.to(machine.device)
     tokenizers = (text.tokenizer, text.tokenizer_2)
     objective = build_objective(text.scheduler, edm=config.do_edm_style_training, snr_gamma=config.snr_gamma)
     models: dict[str, nn.Module] = {}
     sampling_prompts: dict[str, PromptEmbeddings] = {}
     prompts: Prompts
     texts = list(dict.fromkeys([*dataset.prompts(), *({prior_prompt} - {None})]))
-    if config.train_text_encoder:
+    if trains_text:
         models |= dict(zip(TEXT_ENCODERS, encoders, strict=True))
         prompts = TokenizedPrompts(texts, tokenizers)
     else:
@@ -376,8 +388,21 @@ def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: Drea
     return latents
 
 
+def _base_dtype(config: TrainingConfig, machine: Machine) -> torch.dtype:
+    """In which the frozen base is read, and kept but for what `_place` stores in another way."""
+    return torch.float32 if config.base_precision == "fp32" else machine.dtype
+
+
+def _place(config: TrainingConfig, machine: Machine, part: str, model: nn.Module) -> None:
+    as_it_is = FLOATS.get(config.base_precision) == machine.dtype
+    precision = None if as_it_is else config.base_precision
+    offload = config.offload_base and machine.has_own_memory
+    store_base(part, model, precision, machine.device, offload=offload)
+
+
 def _load_unet(config: TrainingConfig, machine: Machine, base: Base) -> nn.Module:
-    unet = base.load("unet", dtype=machine.dtype).unet.requires_grad_(False).to(machine.device)
+    unet = base.load("unet", dtype=_base_dtype(config, machine)).unet.requires_grad_(False)
+    _place(config, machine, UNET, unet)
     if config.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()

@@ -491,7 +491,7 @@ class TrainingConfig:
         "AdamW",
         "optimiser of the primary adapter",
         group=OPTIMISER,
-        choices=("AdamW", "prodigy"),
+        choices=("AdamW", "prodigy", "adafactor"),
         departure="an unknown name is refused (there AdamW is taken silently)",
     )
     loraplus_lr_ratio: float = flag(
@@ -513,7 +513,14 @@ class TrainingConfig:
         False,
         "8-bit AdamW of bitsandbytes",
         group=OPTIMISER,
-        departure="refused with Prodigy (ignored there)",
+        departure="refused with other optimisers (ignored there)",
+    )
+    paged_adam: bool = flag(
+        False,
+        "AdamW of bitsandbytes whose state moves to the computer's memory while the card is full; with or without "
+        "--use_8bit_adam",
+        group=OPTIMISER,
+        origin="bilora",
     )
     adam_beta1: float = flag(0.9, "beta1 of AdamW and Prodigy", group=OPTIMISER, within=BELOW_ONE)
     adam_beta2: float = flag(0.999, "beta2 of AdamW and Prodigy", group=OPTIMISER, within=BELOW_ONE)
@@ -638,9 +645,23 @@ class TrainingConfig:
     # --- Machine ---
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None,
-        "precision of the frozen base and the arithmetic, never of the adapters; unset: accelerate's setting",
+        "precision of the arithmetic, and of the frozen base, never of the adapters; unset: accelerate's setting",
         group=MACHINE,
         departure="the adapters are float32 at every setting",
+    )
+    base_precision: Literal["fp32", "bf16", "fp16", "nf4", "int8", "fp8"] | None = flag(
+        None,
+        "how the large layers of the frozen base are stored: nf4 (4 bits a weight) needs bitsandbytes, int8 and fp8 "
+        "torchao; unset: as --mixed_precision",
+        group=MACHINE,
+        origin="bilora",
+    )
+    offload_base: bool = flag(
+        False,
+        "keep the large layers of the frozen base in the computer's memory and copy each to the GPU when it is used: "
+        "slower, for small cards",
+        group=MACHINE,
+        origin="bilora",
     )
     allow_tf32: bool = flag(False, "allow TF32 matrix products: faster on Ampere and newer", group=MACHINE)
     enable_xformers_memory_efficient_attention: bool = flag(
@@ -736,6 +757,12 @@ class TrainingConfig:
                 f"--init_lora_weights is {show(start)}: it must be one of gaussian, kaiming, pissa, olora, "
                 "lora_ga, or pissa_niter_N for N power iterations, such as pissa_niter_16"
             )
+        if start == "lora_ga" and (self.base_precision is not None or self.offload_base):
+            stored = "--offload_base" if self.base_precision is None else f"--base_precision {self.base_precision}"
+            raise UserError(
+                f"--init_lora_weights lora_ga needs gradients of the base, and with {stored} it has none: use pissa, "
+                "or leave one of them out"
+            )
         if self.moves_start and self.use_dora:
             raise UserError(
                 f"--use_dora and --init_lora_weights {start} exclude each other: a DoRA's magnitudes are those of the "
@@ -747,10 +774,13 @@ class TrainingConfig:
             )
 
     def _validate_optimiser(self) -> None:
+        for name in ("use_8bit_adam", "paged_adam"):
+            if getattr(self, name) and self.optimizer != "AdamW":
+                raise UserError(
+                    f"--{name} works only with --optimizer AdamW, not with {self.optimizer}: leave one of them out"
+                )
         if self.optimizer != "prodigy":
             return
-        if self.use_8bit_adam:
-            raise UserError("--use_8bit_adam works only with --optimizer AdamW, not with prodigy: leave it out")
         if self.loraplus_lr_ratio != 1:
             raise UserError(
                 "--loraplus_lr_ratio does not go with --optimizer prodigy, which estimates one step size for all: "

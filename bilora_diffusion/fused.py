@@ -21,6 +21,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bilora_diffusion.stored_linear import StoredLinear, StoredWeight, compute_dtype
+
 __all__ = ["FusedLinear", "Perturbation", "fuse", "unfuse"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,7 +44,8 @@ class FusedLinear(Linear):
     """peft's linear layer, computed as above where that is the same thing, and by peft where it is not.
 
     By peft: dropout, DoRA and peft's other variants, merged or disabled adapters, adapters chosen for each row, a base
-    that is quantised, trained, hooked or on another device, and a precision that peft would convert on the way.
+    that is quantised by others, trained, hooked or on another device, and a precision that peft would convert on the
+    way. A `StoredLinear` is restored in each pass.
 
     Attributes:
         perturbation: of the base's weight, None for none.
@@ -52,7 +55,7 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out), in the precision that peft's forward gives."""
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         names = None if args or kwargs or dtype is None else self._stackable(x, dtype)
         if not names:
             y = super().forward(x, *args, **kwargs)
@@ -60,7 +63,8 @@ class FusedLinear(Linear):
         A, B = ([factor[name].weight for name in names] for factor in (self.lora_A, self.lora_B))
         scales = [self.scaling[name] for name in names]
         base = self.base_layer
-        return _Stacked.apply(x.to(dtype), base.weight, base.bias, self.perturbation, scales, *A, *B)
+        weight = base.stored if isinstance(base, StoredLinear) else base.weight
+        return _Stacked.apply(x.to(dtype), weight, base.bias, self.perturbation, scales, *A, *B)
 
     def _stackable(self, x: Tensor, dtype: torch.dtype) -> list[str] | None:
         """The adapters that add something, None where peft's own forward is needed."""
@@ -95,21 +99,15 @@ def _layers(model: nn.Module, kind: type) -> Iterator[nn.Module]:
     return (module for module in model.modules() if type(module) is kind)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype | None:
-    """The precision of the products: autocast's, else that of x; None for what autocast leaves alone."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x.dtype
-    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
-
-
 def _is_plain(base: nn.Module, device: torch.device) -> bool:
-    """A frozen `nn.Linear` and nothing else: no quantised weight, no hook that means to see or change a call."""
-    if type(base) is not nn.Linear or "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks:
+    """A frozen `nn.Linear` or `StoredLinear` and nothing else: no hook that means to see or change a call."""
+    if type(base) not in (nn.Linear, StoredLinear) or "forward" in vars(base):
         return False
-    tensors = [base.weight] if base.bias is None else [base.weight, base.bias]
+    if base._forward_hooks or base._forward_pre_hooks:
+        return False
     return all(
         type(tensor) is nn.Parameter and tensor.dtype in FLOATS and not tensor.requires_grad and tensor.device == device
-        for tensor in tensors
+        for tensor in base.parameters(recurse=False)
     )
 
 
@@ -120,7 +118,7 @@ class _Stacked(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | StoredWeight,
         bias: Tensor | None,
         perturbation: Perturbation | None,
         scales: list[float],
@@ -135,10 +133,12 @@ class _Stacked(torch.autograd.Function):
         h = rows @ down.mT
         y = nn.functional.linear(rows, _perturbed(weight, perturbation, x.dtype), bias)
         y.addmm_(h, up.mT, alpha=scale)
-        ctx.save_for_backward(rows, h, weight, down, up)
+        is_stored = not isinstance(weight, Tensor)
+        ctx.save_for_backward(rows, h, None if is_stored else weight, down, up)
+        ctx.stored = weight if is_stored else None
         ctx.perturbation, ctx.scale, ctx.scales, ctx.shape = perturbation, scale, scales, x.shape
         ctx.ranks, ctx.dtype = [len(one) for one in A], A[0].dtype
-        return y.view(*x.shape[:-1], len(weight))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -146,7 +146,8 @@ class _Stacked(torch.autograd.Function):
         rows, h, weight, down, up = ctx.saved_tensors
         count = len(ctx.scales)
         of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[5 : 5 + count], ctx.needs_input_grad[-count:]
-        g = gradient.reshape(-1, len(weight))
+        weight = ctx.stored if weight is None else weight
+        g = gradient.reshape(-1, gradient.shape[-1])
         gx, gA, gB = None, [None] * count, [None] * count
         if of_x or any(of_A):
             gh = g @ up
@@ -165,7 +166,9 @@ class _Stacked(torch.autograd.Function):
         return gx, None, None, None, None, *wanted
 
 
-def _perturbed(weight: Tensor, perturbation: Perturbation | None, dtype: torch.dtype) -> Tensor:
+def _perturbed(weight: Tensor | StoredWeight, perturbation: Perturbation | None, dtype: torch.dtype) -> Tensor:
+    if not isinstance(weight, Tensor):
+        weight = weight.restored(dtype)
     return weight.to(dtype) if perturbation is None else perturbation.on(weight, dtype)
 
 

@@ -1,9 +1,11 @@
 """The primary's optimiser, by the names the stock script uses."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
@@ -32,7 +34,7 @@ def auxiliary_learning_rates(config: TrainingConfig, primary: Mapping[str, float
 def build_optimizer(
     config: TrainingConfig, parameters: Mapping[str, Mapping[str, nn.Parameter]], rates: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy over the primary's parameters.
+    """AdamW, also in 8 bits or paged, Prodigy or Adafactor over the primary's parameters.
 
     A group for each part; with LoRA+ (Hayou et al., 2024, arXiv 2402.12354) another for its B.
 
@@ -48,26 +50,40 @@ def build_optimizer(
             if some:
                 groups.append({"params": some, "lr": rate, "weight_decay": decay})
     shared = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if config.optimizer == "adafactor":
+        # As LoRAs are trained with it: by the learning rate and schedule given, not by rates of its own.
+        return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False)
     if config.optimizer == "prodigy":
-        try:
-            from prodigyopt import Prodigy
-        except ImportError:
-            raise UserError("--optimizer prodigy needs the package prodigyopt: pip install prodigyopt") from None
-        return Prodigy(
-            groups,
-            **shared,
-            beta3=config.prodigy_beta3,
-            decouple=config.prodigy_decouple,
-            use_bias_correction=config.prodigy_use_bias_correction,
-            safeguard_warmup=config.prodigy_safeguard_warmup,
-        )
-    if config.use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise UserError("--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from None
-        return AdamW8bit(groups, **shared)
+        return _prodigy(config, groups, shared)
+    if config.use_8bit_adam or config.paged_adam:
+        return _bitsandbytes_adam(config)(groups, **shared)
     return torch.optim.AdamW(groups, **shared, fused=has_fused_step(groups[0]["params"][0].device))
+
+
+def _prodigy(config: TrainingConfig, groups: list[dict[str, Any]], shared: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise UserError("--optimizer prodigy needs the package prodigyopt: pip install prodigyopt") from None
+    return Prodigy(
+        groups,
+        **shared,
+        beta3=config.prodigy_beta3,
+        decouple=config.prodigy_decouple,
+        use_bias_correction=config.prodigy_use_bias_correction,
+        safeguard_warmup=config.prodigy_safeguard_warmup,
+    )
+
+
+def _bitsandbytes_adam(config: TrainingConfig) -> type[torch.optim.Optimizer]:
+    flag = "use_8bit_adam" if config.use_8bit_adam else "paged_adam"
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise UserError(f"--{flag} needs the package bitsandbytes: pip install bitsandbytes") from None
+    if config.paged_adam:
+        return optim.PagedAdamW8bit if config.use_8bit_adam else optim.PagedAdamW
+    return optim.AdamW8bit
 
 
 def has_fused_step(device: torch.device) -> bool:

@@ -96,6 +96,8 @@ def _train(config: TrainingConfig) -> Outcome:
     if machine.is_main:
         for warning in config.warnings():
             logger.warning(warning)
+        if config.offload_base and not machine.has_own_memory:
+            logger.warning("--offload_base has no effect here: the computation uses the computer's memory anyway")
     folder = RunFolder(config.output_dir, config.logging_dir, writes=machine.is_main)
     checkpoint = _checkpoint_to_resume(config, folder)
     machine.wait()  # all have looked before the first writes
@@ -298,6 +300,7 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
         "use_dora": config.use_dora,
         "optimizer": config.optimizer,
         "use_8bit_adam": config.use_8bit_adam,
+        "paged_adam": config.paged_adam or None,  # as checkpoints made before there was such a flag say it
         "loraplus_lr_ratio": config.loraplus_lr_ratio,
         "ema_decay": config.ema_decay,
     }

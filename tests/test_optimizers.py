@@ -4,8 +4,11 @@ import sys
 
 import pytest
 import torch
+from quantisers import add_quantisers
+from tiny_run import all_equal
 from torch import nn
 
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.optimizers import auxiliary_learning_rates, build_optimizer, learning_rates
@@ -165,11 +168,47 @@ def test_prodigy_trains_beside_an_auxiliary(build):
     assert run.parts.method.measures()["c_over_rho"] > 0.1
 
 
+OTHERS = {
+    "8-bit": ({"use_8bit_adam": True}, "AdamW8bit"),
+    "paged": ({"paged_adam": True}, "PagedAdamW"),
+    "both": ({"use_8bit_adam": True, "paged_adam": True}, "PagedAdamW8bit"),
+    "adafactor": ({"optimizer": "adafactor"}, "Adafactor"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_other_optimisers_train_and_go_on_from_their_state(build, tmp_path, name):
+    flags, kind = OTHERS[name]
+    if name != "adafactor":
+        add_quantisers()
+    # bitsandbytes keeps small tensors in 32 bits.
+    flags = {"rank": 64, "lora_layers": "to_k", "adam_weight_decay": 0.02, "train_text_encoder": True, **flags}
+    run, other = (build("bilora", **flags) for _ in range(2))
+    optimizer = run.parts.trainer.optimizer
+    assert type(optimizer).__name__ == kind
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 1e-3, 1e-3]
+    start = run.tensors()
+    run.train(2)
+    moved = max((tensor - start[key]).square().mean().sqrt().item() for key, tensor in run.tensors().items())
+    assert 0.9e-3 < moved < 2.2e-3  # two steps of about the rate
+    if "use_8bit_adam" in flags:
+        assert any(state["state1"].dtype is torch.uint8 for state in optimizer.state.values())
+    torch.save(run.parts.trainer.state_dict(), tmp_path / "state.pt")
+    for adapter in (PRIMARY, AUXILIARY):
+        for key, parameter in other.parameters(adapter).items():
+            parameter.data.copy_(run.parameters(adapter)[key].data)
+    other.parts.trainer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert run.train(2, start=2) == other.train(2, start=2)
+    assert all_equal(run.tensors(), other.tensors())
+
+
 @pytest.mark.parametrize(
     ("flags", "package"),
     [
         ({"optimizer": "prodigy", "learning_rate": 1.0, "ascent": "normalized"}, "prodigyopt"),
         ({"use_8bit_adam": True}, "bitsandbytes"),
+        ({"paged_adam": True}, "bitsandbytes"),
     ],
 )
 def test_a_missing_package_is_named(monkeypatch, flags, package):
