@@ -92,6 +92,8 @@ def test_the_gradient_rises_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         seen = found["seen"][2]
         assert ("own" in seen) == (one.method != "lora")
         assert seen["gradient"][0] > seen["gradient_rank_4"][0] > seen["gradient_rank_1"][0] > abs(seen["random"][0])
+        assert all(seen["gradient"][0] > seen[name][0] for name in rises.CHEAPER)
+        assert seen["half_rows"][0] > abs(seen["random"][0])
         assert seen["own_share"] > 0 if "own" in seen else seen["own_share"] == 0
     assert seen["gradient"][0] > seen["own"][0] > seen["random"][0]
     write(tmp_path / "runs", Configuration("lora", 1e-3), 0, {100: 0.2})

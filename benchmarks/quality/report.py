@@ -158,6 +158,11 @@ GENERAL_DIRECTIONS = {
     "gradient": "this batch's gradient",
     "gradient_rank_4": "its top 4 singular directions in each layer",
     "gradient_rank_1": "its top singular direction in each layer",
+    "half_rows": "the gradient of half its rows (half a pass more)",
+    "quarter_rows": "of a quarter of its rows (a quarter)",
+    "half_size": "of its latents at half the size (about a quarter)",
+    "other_noise": "of its pictures at its timesteps, with other noise",
+    "other_times": "of its pictures, with other noise and timesteps",
     "previous": "the gradient of the batch before",
     "random": "random, rows as large as the weight's",
 }

@@ -4,17 +4,20 @@ Sharpness-aware training descends at the weights where the loss is highest nearb
 the present batch's loss more than a random one of its norm is no ascent, whatever it cost.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.nn.functional import avg_pool2d
 
 from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.measures import adapted
 from benchmarks.quality.plan import Configuration
 from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.batches import Batch
 from bilora_diffusion.methods import MicroBatch
 from bilora_diffusion.methods.displacement import displaced
 from bilora_diffusion.randomness import generator
@@ -28,6 +31,36 @@ SEEN_AT = (50, 100, 200, 300, 399)
 RANKS = (1, 4)
 
 
+def _first_rows(batch: Batch, share: float) -> Batch:
+    rows = slice(0, round(share * len(batch)))
+    names = ("latents", "noise", "timesteps", "conditioning", "weights", "instances")
+    return replace(batch, **{name: getattr(batch, name)[rows] for name in names})
+
+
+def _at_half_size(batch: Batch, _: Generator) -> Batch:
+    """A pass on a quarter of the latents; the noise keeps its variance."""
+    return replace(batch, latents=avg_pool2d(batch.latents, 2), noise=2 * avg_pool2d(batch.noise, 2))
+
+
+def _with_other_noise(batch: Batch, random: Generator) -> Batch:
+    return replace(batch, noise=torch.randn(batch.noise.shape, generator=random))
+
+
+def _at_other_times(batch: Batch, random: Generator) -> Batch:
+    times = torch.randint(0, 1000, batch.timesteps.shape, generator=random)
+    return replace(_with_other_noise(batch, random), timesteps=times)
+
+
+CHEAPER: dict[str, Callable[[Batch, Generator], Batch]] = {
+    "half_rows": lambda batch, _: _first_rows(batch, 0.5),
+    "quarter_rows": lambda batch, _: _first_rows(batch, 0.25),
+    "half_size": _at_half_size,
+    "other_noise": _with_other_noise,
+    "other_times": _at_other_times,
+}
+"""Batches whose gradient costs less than that of the batch at hand, or could be known from an earlier epoch."""
+
+
 def rises(laboratory: Laboratory, configuration: Configuration, seed: int) -> dict[str, Any]:
     """One training, stopped at some steps to look around.
 
@@ -35,8 +68,8 @@ def rises(laboratory: Laboratory, configuration: Configuration, seed: int) -> di
         `own`: for each step seen the rise of the loss by the method's own perturbation scaled to each of `SHARES`;
         beside it the same for directions that any method could have: `gradient` (the maximiser to first order of this
         batch in the space of the merged weights), `gradient_rank_r` (each layer's part cut to its top r singular
-        directions), `previous` (the gradient of the batch before) and `random` (normal numbers, each row with the norm
-        of the weight's row).
+        directions), those of `CHEAPER`, `previous` (the gradient of the batch before) and `random` (normal numbers,
+        each row with the norm of the weight's row).
     """
     parts = laboratory.assembled(configuration, seed)
     found: dict[str, Any] = {"configuration": str(configuration), "seed": seed, "shares": list(SHARES), "seen": {}}
@@ -58,6 +91,9 @@ def _look(parts, micro_batches: Sequence[MicroBatch], previous: list[Tensor], se
     directions = {"gradient": gradient, "previous": previous}
     for rank in RANKS:
         directions[f"gradient_rank_{rank}"] = [_cut(layer, rank) for layer in gradient]
+    for name, changed in CHEAPER.items():
+        others = [replace(one, batch=changed(one.batch, generator(seed, name))) for one in micro_batches]
+        directions[name] = _gradient(parts.models, others)
     random = generator(seed, "direction")
     drawn = [torch.randn(weight.shape, generator=random) for weight in weights]
     directions["random"] = [
