@@ -322,6 +322,8 @@ def _data_set(
         captions=captions,
         buckets=(config.buckets or make_buckets(resolution)) if config.use_aspect_ratio_buckets else None,
         batch_size=config.train_batch_size,
+        steps_per_draw=config.shown_in_a_row,
+        rows_a_step=config.train_batch_size * config.gradient_accumulation_steps * machine.processes,
     )
 
 

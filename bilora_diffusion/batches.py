@@ -31,6 +31,7 @@ class Batch:
             (`--prior_source base_prediction`); None without.
         place_weights: (B, 1, H/8, W/8), the weight of each place of the latents in its row's loss: a mask, ones where a
             row has none; None where no row has one.
+        is_repeat: the step before had the same rows at the same timesteps, under another noise.
     """
 
     latents: Tensor
@@ -41,6 +42,7 @@ class Batch:
     instances: Tensor
     base_predictions: Tensor | None = None
     place_weights: Tensor | None = None
+    is_repeat: bool = False
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -50,6 +52,7 @@ class BatchMaker:
     """Draws noise and timesteps for rows and brings everything to the device.
 
     A row's draws depend on the seed and its draw number alone: not on its rank, its place in the batch or the method.
+    Its timestep is that of the first draw that showed it.
 
     Arguments:
         prior_prompt: `--class_prompt` with `--prior_source base_prediction`: every instance row is followed by a class
@@ -86,7 +89,7 @@ class BatchMaker:
             latents.append(latents_from(moment, self.latents.vae_config, posterior))
             shape = tuple(moment.mean.shape)
             noises.append(draw_noise(shape, generator(self.seed, "noise", *stream), self.noise_offset))
-            timesteps.append(draw_timestep(self.objective, generator(self.seed, "timestep", *stream)))
+            timesteps.append(draw_timestep(self.objective, generator(self.seed, "timestep", row.first, stream[1])))
         sizes = [time_ids(row.original_size, row.crop_top_left, row.target) for row in rows]
         prompts = [row.prompt for row in rows]
         instances = [float(not row.is_class) for row in rows]
@@ -112,6 +115,7 @@ class BatchMaker:
             weights,
             is_instance,
             place_weights=place_weights,
+            is_repeat=any(row.draw != row.first for row in rows),
         )
 
     def _place_weights(self, weights: Sequence[Tensor | None], latents: Sequence[Tensor]) -> Tensor | None:
@@ -145,6 +149,10 @@ class TrainingMicroBatch:
 
     def __len__(self) -> int:
         return len(self.batch)
+
+    @property
+    def is_repeat(self) -> bool:
+        return self.batch.is_repeat
 
     def loss(self, rows: slice = slice(None)) -> Tensor:
         """The mean over instance rows plus the prior's weight times the mean over class rows, float32.

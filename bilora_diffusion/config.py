@@ -44,6 +44,7 @@ METHOD_NAMES = (
     "bilora",
     "lora",
     "bilora-fresh",
+    "bilora-echo",
     "dual-lora",
     "flat-lora",
     "lora-sam",
@@ -56,12 +57,12 @@ METHOD_NAMES = (
     "nbar",
 )
 
-BALL_METHODS = ("bilora", "bilora-fresh", "dual-lora")  # they have a second adapter, held in a ball
+BALL_METHODS = ("bilora", "bilora-fresh", "bilora-echo", "dual-lora")  # they have a second adapter, held in a ball
 FLAGS_OF_METHODS: dict[str, tuple[str, ...]] = {
     "rho": (*BALL_METHODS, "lora-sam", "looksam", "s2-sam", "eflat-lora"),
     "rho_relative": BALL_METHODS,
     "auxiliary_rank": BALL_METHODS,
-    "auxiliary_init": BALL_METHODS,
+    "auxiliary_init": ("bilora", "bilora-fresh", "dual-lora"),
     "ascent": ("bilora",),
     "ascent_fraction": ("bilora",),
     "auxiliary_learning_rate": ("bilora", "dual-lora"),
@@ -422,6 +423,14 @@ class TrainingConfig:
         group=TRAINING,
         within=AT_LEAST_ONE,
     )
+    steps_per_draw: int | None = flag(
+        None,
+        "optimiser steps in a row on the same pictures, crops and timesteps, each with a noise of its own; unset: 1, "
+        "2 for bilora-echo",
+        group=TRAINING,
+        within=AT_LEAST_ONE,
+        origin="bilora",
+    )
     train_batch_size: int = flag(
         4, "instance pictures in a micro-batch, for each process", group=TRAINING, within=AT_LEAST_ONE
     )
@@ -748,6 +757,10 @@ class TrainingConfig:
                 f"--lora_layers is {show(self.lora_layers)}: it must be module names with a comma between "
                 "two, such as to_q,to_v"
             )
+        if self.method == "bilora-echo" and self.shown_in_a_row == 1:
+            raise UserError(
+                "--method bilora-echo needs two or more steps on the same pictures: leave --steps_per_draw 1 out"
+            )
         self._validate_start()
 
     def _validate_start(self) -> None:
@@ -836,6 +849,11 @@ class TrainingConfig:
     def prior_from_base(self) -> bool:
         """Whether class rows are held to the frozen base's prediction, not to class pictures."""
         return self.with_prior_preservation and self.prior_source == "base_prediction"
+
+    @property
+    def shown_in_a_row(self) -> int:
+        """--steps_per_draw, or what the method needs."""
+        return self.steps_per_draw or (2 if self.method == "bilora-echo" else 1)
 
     def warnings(self) -> list[str]:
         """What is allowed but hardly meant, one line each, to be shown once by the main process."""

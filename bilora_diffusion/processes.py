@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from bilora_diffusion.adapters import wide_dtype
 
-__all__ = ["average", "average_gradients", "broadcast", "on_host", "process_count"]
+__all__ = ["average", "average_gradients", "broadcast", "on_host", "process_count", "process_number"]
 
 
 def process_count() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_number() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
 
 
 def _several() -> bool:

@@ -15,7 +15,7 @@ from bilora_diffusion.base_prediction import hold_to_base
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.diffusion import Objective
 from bilora_diffusion.methods import Method
-from bilora_diffusion.processes import average_gradients
+from bilora_diffusion.processes import average_gradients, process_number
 from bilora_diffusion.randomness import stream_seed
 
 __all__ = ["Step", "Trainer"]
@@ -142,7 +142,7 @@ class Trainer:
     @property
     def rank(self) -> int:
         """Of this process: dropout differs between processes as it does between rows."""
-        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return process_number()
 
     def _unscaled_norms(self) -> tuple[Tensor, Tensor]:
         """Takes fp16's loss scale off all gradients.

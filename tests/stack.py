@@ -36,6 +36,7 @@ class StackBatch:
     x: Tensor
     y: Tensor
     share: float
+    is_repeat: bool = False
 
     def __len__(self) -> int:
         return len(self.x)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, add_adapter, low_rank_layers, parameters_of
 from bilora_diffusion.methods.balancedness import Balancedness
+from bilora_diffusion.methods.bilora_echo import BiLoRAEcho
 from bilora_diffusion.methods.bilora_fresh import BiLoRAFresh, orthonormal_rows
 from bilora_diffusion.methods.dual_lora import DualLoRA
 from bilora_diffusion.methods.eflat_lora import EFlatLoRA
 from bilora_diffusion.methods.flat_lora import FlatLoRA
+from bilora_diffusion.methods.gradient_sketch import GradientSketch
 from bilora_diffusion.methods.interface import Method
 from bilora_diffusion.methods.looksam import LookSAM
 from bilora_diffusion.methods.lora_sam import LoRASAM
@@ -73,7 +75,8 @@ class Experiment:
         dense = self.gradients(step)(self.merged(factors), micro)
         return chain(dense, factors)
 
-    def train(self, method: Method, steps: int = STEPS) -> Trainer:
+    def train(self, method: Method, steps: int = STEPS, repeats: int = 1) -> Trainer:
+        """Every step but each `repeats`-th is said to repeat the rows of the one before."""
         optimizer = torch.optim.SGD(self.primary, lr=RATE)
         trainer = Trainer(
             self.models,
@@ -87,7 +90,10 @@ class Experiment:
             seed=0,
         )
         for step in range(steps):
-            batches = [StackBatch(self.stack, self.x[step, m], self.y[step, m], 1 / MICRO) for m in range(MICRO)]
+            batches = [
+                StackBatch(self.stack, self.x[step, m], self.y[step, m], 1 / MICRO, is_repeat=step % repeats > 0)
+                for m in range(MICRO)
+            ]
             assert trainer.training_step(batches, step).applied
         return trainer
 
@@ -283,6 +289,31 @@ def test_dual_lora():
     assert set(clipped) == {True, False}
     with pytest.raises(ValueError, match="maximize=False"):
         DualLoRA(layers, rho, torch.optim.SGD([layers[0].A], lr=rate, maximize=True))
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_bilora_echo(repeats):
+    """In a network so small the sketch is the whole gradient, cut to its strongest directions."""
+    experiment, rho = Experiment(), 0.3
+    experiment.add(AUXILIARY, AUXILIARY_RANK)
+    theta, echo = experiment.start, None
+    for step in range(STEPS):
+        weights = experiment.merged(theta)
+        if step % repeats:
+            weights = [W + e for W, e in zip(weights, echo, strict=True)]
+        dense = experiment.gradients(step)(weights)
+        cut = []
+        for G in dense:
+            U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+            cut.append((U[:, :AUXILIARY_RANK] * S[:AUXILIARY_RANK]) @ Vh[:AUXILIARY_RANK])
+        size = math.sqrt(sum(G.square().sum().item() for G in cut))
+        echo = [rho / size * G for G in cut]
+        theta = descend(theta, chain(dense, theta))
+    layers = low_rank_layers(experiment.models, AUXILIARY)
+    sketch = GradientSketch(experiment.models, AUXILIARY_RANK, SEED)
+    experiment.train(BiLoRAEcho(experiment.models, layers, rho, sketch, repeats), repeats=repeats)
+    experiment.same(theta)
+    assert experiment.differs(lora(experiment))
 
 
 @pytest.mark.parametrize(("share", "every"), [(1.0, 1), (0.5, 1), (1.0, 3)])

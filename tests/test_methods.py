@@ -98,10 +98,12 @@ def test_four_micro_batches_of_one_equal_a_batch_of_four(build, method, prior):
     whole = build(method, train_batch_size=4, **flags)
     parts = build(method, train_batch_size=1, gradient_accumulation_steps=4, **flags)
     start = whole.tensors()
-    assert whole.train(3) == pytest.approx(parts.train(3), rel=1e-6)
+    # bilora-echo's sketch of four rows is not the sum of four sketches, though both are nearly the gradient.
+    loss, weights = (1e-3, 0.05) if method == "bilora-echo" else (1e-6, 1e-4)
+    assert whole.train(3) == pytest.approx(parts.train(3), rel=loss)
     # adam_epsilon keeps entries without a gradient from taking whole steps in the direction of a rounding error.
-    assert difference(whole.tensors(), parts.tensors(), start) < 1e-4
-    if whole.auxiliary and method != "bilora-fresh":  # whose auxiliary is empty between steps
+    assert difference(whole.tensors(), parts.tensors(), start) < weights
+    if whole.auxiliary and method not in ("bilora-fresh", "bilora-echo"):  # which fill it anew
         assert difference(deltas(whole, AUXILIARY), deltas(parts, AUXILIARY)) < 1e-4
 
 
@@ -119,7 +121,8 @@ def test_no_gradient_outlives_its_step(build, method):
 @every_method
 def test_the_same_seed_gives_the_same_draws(build, method):
     """Batches, noise and timesteps depend on nothing that differs between methods, nor on what was trained before."""
-    reference, run = build("lora"), build(method, **ACTIVE)
+    run = build(method, **ACTIVE)
+    reference = build("lora", steps_per_draw=run.config.shown_in_a_row)
     run.train(2)
     for one, other in zip(reference.batches(2), run.batches(2), strict=True):
         assert torch.equal(one.latents, other.latents)
@@ -292,6 +295,7 @@ def test_a_perturbation_is_felt(build):
 STRONG = {
     "bilora": ACTIVE,
     "bilora-fresh": {"rho": 1.0},
+    "bilora-echo": {"rho": 0.1},
     "dual-lora": ACTIVE,
     "flat-lora": {"sigma": 0.5, "sigma_schedule": "constant"},
     "rwp-full": {"sigma": 0.5},
@@ -313,7 +317,8 @@ def test_every_method_has_its_strength_here():
 
 @pytest.mark.parametrize("method", STRONG)
 def test_with_no_strength_it_is_lora_and_with_some_it_is_not(build, method):
-    lora, zero, strong = build("lora"), build(method, **NOTHING), build(method, **STRONG[method])
+    zero, strong = build(method, **NOTHING), build(method, **STRONG[method])
+    lora = build("lora", steps_per_draw=zero.config.shown_in_a_row)
     for run in (lora, zero, strong):
         run.train(3)
     assert all_equal(lora.tensors(), zero.tensors())
@@ -330,14 +335,17 @@ def test_a_perturbation_leaves_no_trace(build, method):
     micro_batches = run.micro_batches(1)
     with torch.no_grad():
         plain = micro_batches[0].loss()
+        with auxiliary_off(run.parts.models.values()):
+            exported = micro_batches[0].loss()
         for _ in range(2):
             with run.parts.method.perturbed(micro_batches):
                 inside = micro_batches[0].loss()
         assert torch.equal(micro_batches[0].loss(), plain)
-    if method not in ("bilora", "dual-lora"):  # whose perturbation is on all the time
-        assert inside != plain
-    if method in ("bilora-fresh", "lora-sam", "looksam"):
-        assert inside > plain  # they climb the very loss
+    if method in ("bilora", "dual-lora", "bilora-echo"):
+        assert inside == plain  # the perturbation is on all the time
+    assert inside != exported
+    if method in ("bilora-fresh", "bilora-echo", "lora-sam", "looksam"):
+        assert inside > exported  # they climb the very loss
     after = {**run.base_tensors(), **run.tensors(), **{f"2 {n}": t for n, t in run.tensors(AUXILIARY).items()}}
     assert all_equal(weights, after)
     modules = [module for model in run.parts.models.values() for module in model.modules()]

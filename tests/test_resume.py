@@ -65,6 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", **EVERYTHING},
     "flat-lora": {"method": "flat-lora", "sigma": 0.3, "ema_decay": 0.9, "loraplus_lr_ratio": 4.0, **SMALL},
     "looksam": {"method": "looksam", "rho": 0.5, "looksam_every": 3, **SMALL},
+    "bilora-echo": {"method": "bilora-echo", "rho": 0.5, "steps_per_draw": 3, **SMALL},
     "bilora-fresh": {"method": "bilora-fresh", "rho": 0.5, "ascent_every": 2, "sigma": 0.2, **SMALL},
     "base prediction": {
         "with_prior_preservation": True,

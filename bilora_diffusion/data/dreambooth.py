@@ -66,6 +66,7 @@ class Row:
         picture: its number among the instance or the class pictures.
         flipped: mirrored left to right.
         draw: which draw of the run it is of; an instance row and its class row share it.
+        first: the draw that shows the same under another noise, `draw` itself if no step before did.
         target: (height, width) in px of what is shown.
     """
 
@@ -77,6 +78,7 @@ class Row:
     picture: int
     flipped: bool
     draw: int
+    first: int
     target: tuple[int, int]
     mask: torch.Tensor | None = None
 
@@ -96,7 +98,8 @@ class DreamBoothDataset(Dataset[list[Row]]):
     any n >= 0.
 
     Draw n is in epoch n // len(dataset), and every epoch shows every picture in an order of its own. Class
-    pictures go round in an order of their own, each with its own size, crop and prompt.
+    pictures go round in an order of their own, each with its own size, crop and prompt. With `steps_per_draw` above 1
+    so many steps in a row show the same rows.
 
     Arguments:
         instances: the pictures to learn.
@@ -109,6 +112,8 @@ class DreamBoothDataset(Dataset[list[Row]]):
         seed: the run's seed.
         repeats: how often an epoch shows each instance picture.
         captions: what is done to the captions of instance rows; unset: nothing.
+        steps_per_draw: optimiser steps that show the same rows.
+        rows_a_step: instance rows of an optimiser step over all processes; matters with `steps_per_draw` only.
         decode: False leaves `Row.pixels` None and opens no file (latents are cached). May be set later,
             before a DataLoader starts its workers.
     """
@@ -127,6 +132,8 @@ class DreamBoothDataset(Dataset[list[Row]]):
         captions: CaptionRule | None = None,
         buckets: Sequence[tuple[int, int]] | None = None,
         batch_size: int = 1,
+        steps_per_draw: int = 1,
+        rows_a_step: int = 1,
         decode: bool = True,
     ) -> None:
         if not instances:
@@ -143,6 +150,9 @@ class DreamBoothDataset(Dataset[list[Row]]):
         self.interpolation = interpolation
         self.seed = seed
         self.captions = captions or CaptionRule()
+        self.batch_size = batch_size
+        self.steps_per_draw = steps_per_draw
+        self.rows_a_step = rows_a_step
         self.decode = decode
         self._targets = [
             nearest_bucket(picture.size, buckets) if buckets else (resolution, resolution) for picture in self.instances
@@ -155,13 +165,16 @@ class DreamBoothDataset(Dataset[list[Row]]):
         self._kept_bytes = 0
 
     def __len__(self) -> int:
-        """Draws in an epoch: instance pictures x repeats or, if that is more, class pictures. See `BucketOrder` too."""
-        return self._length if self._buckets is None else len(self._buckets)
+        """Draws in an epoch: instance pictures x repeats or, if that is more, class pictures, each as often as it is
+        shown in a row. See `BucketOrder` too."""
+        return self.steps_per_draw * (self._length if self._buckets is None else len(self._buckets))
 
     @property
     def rows_in(self) -> Callable[[int], int] | None:
         """Gives the number of instance rows in a batch, counted since the run began; None: all are whole."""
-        return None if self._buckets is None else self._buckets.rows_in
+        if self._buckets is None:
+            return None
+        return lambda batch: self._buckets.rows_in(self._first_of(batch * self.batch_size)[1] // self.batch_size)
 
     def __getitem__(self, draw: int) -> list[Row]:
         rows = self.describe(draw)
@@ -181,12 +194,19 @@ class DreamBoothDataset(Dataset[list[Row]]):
         Raises:
             IndexError: `draw` is negative.
         """
-        index = self._order[draw] % len(self.instances) if self._buckets is None else self._buckets[draw]
-        rows = [self._row(self.instances[index], False, index, draw)]
+        first, place = self._first_of(draw)
+        index = self._order[place] % len(self.instances) if self._buckets is None else self._buckets[place]
+        rows = [self._row(self.instances[index], False, index, draw, first)]
         if self.class_pictures:
-            index = self._class_order[draw]
-            rows.append(self._row(self.class_pictures[index], True, index, draw))
+            index = self._class_order[place]
+            rows.append(self._row(self.class_pictures[index], True, index, draw, first))
         return rows
+
+    def _first_of(self, draw: int) -> tuple[int, int]:
+        """The draw that showed the same first, and its number among those that show something new."""
+        step, row = divmod(draw, self.rows_a_step)
+        new, repeat = divmod(step, self.steps_per_draw)
+        return draw - repeat * self.rows_a_step, new * self.rows_a_step + row
 
     @property
     def cacheable(self) -> bool:
@@ -228,12 +248,13 @@ class DreamBoothDataset(Dataset[list[Row]]):
             for index, picture in enumerate(pictures):
                 yield is_class, index, picture
 
-    def _row(self, picture: Picture, is_class: bool, index: int, draw: int) -> Row:
+    def _row(self, picture: Picture, is_class: bool, index: int, draw: int, first: int) -> Row:
         purpose = "class augmentation" if is_class else "augmentation"
         target = self.target(is_class, index)
-        view = self._view(picture, target, generator(self.seed, purpose, draw))
-        prompt = picture.caption if is_class else self.captions(picture.caption, self.seed, draw)
-        return Row(None, view.original_size, view.crop_top_left, prompt, is_class, index, view.flipped, draw, target)
+        view = self._view(picture, target, generator(self.seed, purpose, first))
+        prompt = picture.caption if is_class else self.captions(picture.caption, self.seed, first)
+        shown = view.original_size, view.crop_top_left, prompt, is_class, index, view.flipped
+        return Row(None, *shown, draw, first, target)
 
     def _view(self, picture: Picture, target: tuple[int, int], random: torch.Generator) -> View:
         return draw_view(picture.size, target, self.center_crop, self.random_flip, random)

@@ -24,6 +24,7 @@ METHOD_TITLES = {
     "lora": "LoRA",
     "bilora": "Bi-LoRA",
     "bilora-fresh": "Bi-LoRA fresh",
+    "bilora-echo": "Bi-LoRA echo",
     "dual-lora": "Dual-LoRA",
     "flat-lora": "Flat-LoRA",
     "eflat-lora": "EFlat-LoRA",

@@ -44,6 +44,10 @@ METHODS = {
         "Bi-LoRA with a fresh perturbation: as Bi-LoRA, but the second adapter was filled anew from each batch, in a "
         "cheap pass of its own. It is not in the file"
     ),
+    "bilora-echo": (
+        "Bi-LoRA with an echo: each draw of pictures served two steps, the second under the first one's gradient, held "
+        "in a second adapter. It is not in the file"
+    ),
     "dual-lora": (
         "Dual-LoRA, an ablation of Bi-LoRA ([arXiv 2508.19564](https://arxiv.org/abs/2508.19564)): the second adapter "
         "descended too. It is not in the file"

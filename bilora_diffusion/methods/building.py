@@ -12,11 +12,13 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.methods.ascent import Ascent, NormalizedAscent, OptimizerAscent
 from bilora_diffusion.methods.balancedness import Balancedness
 from bilora_diffusion.methods.bilora import BiLoRA
+from bilora_diffusion.methods.bilora_echo import BiLoRAEcho
 from bilora_diffusion.methods.bilora_fresh import BiLoRAFresh
 from bilora_diffusion.methods.combined import Combined
 from bilora_diffusion.methods.dual_lora import DualLoRA
 from bilora_diffusion.methods.eflat_lora import EFlatLoRA
 from bilora_diffusion.methods.flat_lora import FlatLoRA
+from bilora_diffusion.methods.gradient_sketch import GradientSketch
 from bilora_diffusion.methods.interface import Method
 from bilora_diffusion.methods.looksam import LookSAM
 from bilora_diffusion.methods.lora import LoRA
@@ -210,6 +212,17 @@ def _bilora_fresh(setting: Setting) -> tuple[Method, Radius]:
     return _told(method, **settings), ball
 
 
+def _bilora_echo(setting: Setting) -> tuple[Method, Radius]:
+    config = setting.config
+    layers, ball = _auxiliary(setting, FRESH_SHARE)
+    rank, steps = config.auxiliary_rank or config.rank, config.shown_in_a_row
+    settings = {"rho": ball.rho, "auxiliary_rank": rank, "steps_per_draw": steps}
+    if not layers:
+        return _told(LoRA(), **settings), ball
+    sketch = GradientSketch(setting.models, rank, setting.seed)
+    return _told(BiLoRAEcho(setting.models, layers, ball.rho, sketch, steps), **settings), ball
+
+
 def _lora_sam(setting: Setting) -> tuple[Method, None]:
     share = setting.config.ascent_share
     return _told(LoRASAM(setting.primary, setting.rho, share), rho=setting.rho, ascent_share=share), None
@@ -268,6 +281,7 @@ def _balancedness(*, by_gradients: bool) -> Callable[[Setting], tuple[Method, No
 
 _BUILDERS: dict[str, Callable[[Setting], tuple[Method, Radius | None]]] = {
     "bilora": _bilora,
+    "bilora-echo": _bilora_echo,
     "bilora-fresh": _bilora_fresh,
     "dual-lora": _dual_lora,
     "eflat-lora": _eflat_lora,

@@ -19,7 +19,13 @@ __all__ = ["Method", "MicroBatch", "backward_each", "gradients", "unit"]
 
 
 class MicroBatch(Protocol):
-    """Rows of one micro-batch with their noise and timesteps already drawn."""
+    """Rows of one micro-batch with their noise and timesteps already drawn.
+
+    Attributes:
+        is_repeat: the step before had the same rows at the same timesteps, under another noise (`--steps_per_draw`).
+    """
+
+    is_repeat: bool
 
     def __len__(self) -> int:
         """The number of rows."""

@@ -1,0 +1,167 @@
+"""Steps that see the same rows under another noise, and the sketch of a gradient that the second of them follows."""
+
+from itertools import islice
+
+import pytest
+import torch
+from tiny_run import TinyRun
+from torch import Tensor
+
+from bilora_diffusion.adapters import AUXILIARY, adapted_layers, auxiliary_off, product_norm
+from bilora_diffusion.config import TrainingConfig
+from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods.gradient_sketch import GradientSketch
+
+
+def exact_gradients(run: TinyRun, step: int) -> list[Tensor]:
+    """dL/dW of every adapted layer, by autograd on the weights themselves."""
+    weights = [
+        layer.get_base_layer().weight for model in run.parts.models.values() for _, layer in adapted_layers(model)
+    ]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for micro_batch in run.micro_batches(step):
+        micro_batch.backward(micro_batch.loss())
+    found = [weight.grad.flatten(1) for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(False)
+        weight.grad = None
+    for parameter in run.parts.trainer.trained:
+        parameter.grad = None
+    return found
+
+
+def energy(matrices: list[Tensor]) -> float:
+    return sum(matrix.double().square().sum().item() for matrix in matrices)
+
+
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [
+        ({}, 0.98),
+        ({"gradient_checkpointing": True}, 0.98),
+        ({"gradient_accumulation_steps": 2, "train_batch_size": 1}, 0.98),
+        ({"use_dora": True}, 0.95),
+        ({"lora_layers": "to_k,conv1"}, 0.8),  # of a random network's convolutions the gradients have full rank
+    ],
+)
+def test_a_sketch_is_the_strongest_part_of_the_gradient(build, flags: dict, share: float):
+    """By the part of the gradient that it explains, of what the best approximation of its rank explains."""
+    rank = 4
+    run = build("lora", **flags)
+    run.train(2)
+    exact = exact_gradients(run, 5)
+    sketch = GradientSketch(run.parts.models, rank, seed=0)
+    with sketch.collecting(step=3):
+        for micro_batch in run.micro_batches(5):
+            micro_batch.backward(micro_batch.loss())
+    factors = sketch.factors()
+    explained = energy(exact) - energy([G - B @ A for G, (B, A) in zip(exact, factors, strict=True)])
+    best = sum(torch.linalg.svdvals(G.double())[:rank].square().sum().item() for G in exact)
+    assert share < explained / best <= 1 + 1e-5
+    for B, A in factors:  # orthonormal columns, but for directions in which there is next to nothing
+        assert (B @ A).norm().item() == pytest.approx(A.norm().item(), rel=1e-3)
+    modules = [module for model in run.parts.models.values() for module in model.modules()]
+    assert not any(module._forward_hooks for module in modules)
+
+
+def test_a_sketch_of_half_precision(build):
+    run = build("lora", "bf16")
+    run.train(2)
+    exact = exact_gradients(run, 5)
+    sketch = GradientSketch(run.parts.models, 4, seed=0)
+    with sketch.collecting(step=3):
+        for micro_batch in run.micro_batches(5):
+            micro_batch.backward(micro_batch.loss())
+    rest = [G - B @ A for G, (B, A) in zip(exact, sketch.factors(), strict=True)]
+    assert energy(rest) < 0.1 * energy(exact)
+
+
+def test_a_layer_that_the_loss_does_not_see_has_no_part(build):
+    """The last of text encoder 1."""
+    run = build("bilora-echo", train_text_encoder=True, lora_layers="to_k", rho=0.5)
+    run.train(1)
+    for layer in run.auxiliary:
+        unseen = layer.part == "text_encoder" and ".layers.2." in layer.name
+        assert (layer.A.abs().max() == 0) == unseen
+        assert layer.A.isfinite().all() and layer.B.isfinite().all()
+
+
+def test_the_second_step_is_taken_under_the_first_ones_gradient(build):
+    run = build("bilora-echo", rho=0.1)
+    for step in range(4):
+        micro_batches = run.micro_batches(step)
+        assert micro_batches[0].is_repeat == (step % 2 == 1)
+        with torch.no_grad():
+            with auxiliary_off(run.parts.models.values()):
+                clean = micro_batches[0].loss().item()
+            with run.parts.method.perturbed(micro_batches):
+                perturbed = micro_batches[0].loss().item()
+        if step % 2:
+            assert product_norm(run.auxiliary).item() == pytest.approx(0.1, rel=1e-4)
+            assert perturbed > clean  # an ascent, though the noise is another
+        else:
+            assert product_norm(run.auxiliary).item() == 0 and perturbed == clean
+        assert run.step(step).loss == pytest.approx(perturbed, rel=1e-5)
+
+
+def test_after_a_step_that_was_skipped_nothing_is_followed(build):
+    run = build("bilora-echo", rho=0.1)
+    run.train(2)
+    trainer = run.parts.trainer
+    first = run.micro_batches(2)
+    object.__setattr__(first[0].batch, "latents", first[0].batch.latents * float("inf"))
+    assert not trainer.training_step(first, 2).applied
+    with torch.no_grad():
+        repeat = run.micro_batches(3)
+        with run.parts.method.perturbed(repeat), auxiliary_off(run.parts.models.values()):
+            clean = repeat[0].loss()
+        with run.parts.method.perturbed(repeat):
+            assert repeat[0].loss() == clean
+    assert all(tensor.isfinite().all() for tensor in run.tensors(AUXILIARY).values())
+    assert torch.tensor(run.train(3, start=3)).isfinite().all()
+
+
+# --- the draws ---
+
+
+@pytest.mark.parametrize("flags", [{}, {"with_prior_preservation": True}, {"use_aspect_ratio_buckets": True}])
+def test_steps_in_a_row_see_the_same_rows_under_another_noise(build, flags: dict):
+    flags = {"train_batch_size": 2, "center_crop": False, "random_flip": True, "caption_dropout": 0.3, **flags}
+    run = build("lora", steps_per_draw=3, **flags)
+    plain = build("lora", **flags)
+    shown: list[list] = []
+    batches = DrawBatches(batch_size=2, rows_in=run.parts.dataset.rows_in)
+    for step, draws in enumerate(islice(batches, 9)):
+        batch, first = run.batch(draws), run.batch(range(draws[0] - step % 3 * 2, draws[-1] + 1 - step % 3 * 2))
+        assert batch.is_repeat == (step % 3 > 0)
+        assert torch.equal(batch.timesteps, first.timesteps)
+        assert torch.equal(batch.conditioning.prompt_embeds, first.conditioning.prompt_embeds)
+        assert torch.equal(batch.conditioning.time_ids, first.conditioning.time_ids)
+        assert torch.equal(batch.noise, first.noise) == (step % 3 == 0)
+        shown.append([(row.picture, row.view) for draw in draws for row in run.parts.dataset[draw]])
+    assert shown[0] == shown[1] == shown[2] != shown[3] == shown[4] == shown[5]
+    # What is new comes in the order of a run that repeats nothing, so that every epoch shows every picture.
+    order = DrawBatches(batch_size=2, rows_in=plain.parts.dataset.rows_in)
+    expected = [
+        [row.picture for draw in draws for row in plain.parts.dataset.describe(draw)] for draws in islice(order, 3)
+    ]
+    assert [[picture for picture, _ in some] for some in shown[::3]] == expected
+    assert len(run.parts.dataset) == 3 * len(plain.parts.dataset)
+
+
+def test_a_step_of_several_micro_batches_is_repeated_whole(build):
+    run = build("bilora-echo", train_batch_size=1, gradient_accumulation_steps=3, rho=0.1)
+    dataset: DreamBoothDataset = run.parts.dataset
+    firsts = [dataset.describe(draw)[0].first for draw in range(12)]
+    assert firsts == [0, 1, 2, 0, 1, 2, 6, 7, 8, 6, 7, 8]
+    assert [batch.is_repeat for batch in (*run.batches(0), *run.batches(1))] == [False] * 3 + [True] * 3
+
+
+def test_one_step_a_draw_is_refused_with_echo():
+    given = {"pretrained_model_name_or_path": "tiny-random", "instance_data_dir": "photos"}
+    with pytest.raises(UserError, match="--method bilora-echo needs two or more steps on the same pictures"):
+        TrainingConfig(**given, method="bilora-echo", steps_per_draw=1)
+    assert TrainingConfig(**given, method="bilora-echo").shown_in_a_row == 2
+    assert TrainingConfig(**given, method="lora").shown_in_a_row == 1
