@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, parameters_of
@@ -41,7 +42,7 @@ from bilora_diffusion.prompts import EmbeddedPrompts, Prompts, TokenizedPrompts
 from bilora_diffusion.sampling import PromptEmbeddings, embed_for_sampling
 from bilora_diffusion.training import Trainer
 
-__all__ = ["Machine", "Parts", "assemble", "free_memory", "read_pictures"]
+__all__ = ["Machine", "Parts", "assemble", "attach_primary", "enable_checkpointing", "free_memory", "read_pictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ class Parts:
     force_zeros_for_empty_prompt: bool
     sampling_prompts: Mapping[str, PromptEmbeddings] = field(default_factory=dict)
     """Embeddings for pictures by prompt; empty where the text encoders are trained and run themselves."""
+    estimated_peak_bytes: int | None = None
+    """From `memory.advice.check_memory`, to stand beside the peak that was."""
 
 
 def read_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
@@ -176,22 +179,7 @@ def assemble(
     free_memory()
     latents = _latents(config, machine, base, dataset)
     models = {UNET: _load_unet(config, machine, base), **models}
-    for part, model in models.items():
-        add_adapter(
-            part,
-            model,
-            PRIMARY,
-            rank=config.rank,
-            scale=(config.lora_alpha or config.rank) / config.rank,
-            init="kaiming" if config.init_lora_weights == "kaiming" else "gaussian",
-            seed=seed,
-            targets=config.unet_targets if part == UNET else None,
-            dropout=config.lora_dropout,
-            use_dora=config.use_dora,
-        )
-        model.train()
-        if config.gradient_checkpointing:
-            _enable_checkpointing(part, model)
+    attach_primary(config, models, seed)
     if initial is not None:
         copy_lora_into(models, initial, config.init_lora_from)
     make_batch = BatchMaker(
@@ -261,6 +249,26 @@ def assemble(
         zeros,
         sampling_prompts,
     )
+
+
+def attach_primary(config: TrainingConfig, models: Mapping[str, nn.Module], seed: int) -> None:
+    """Puts the adapter that is kept on every trained part, and the parts in the mode they are trained in."""
+    for part, model in models.items():
+        add_adapter(
+            part,
+            model,
+            PRIMARY,
+            rank=config.rank,
+            scale=(config.lora_alpha or config.rank) / config.rank,
+            init="kaiming" if config.init_lora_weights == "kaiming" else "gaussian",
+            seed=seed,
+            targets=config.unet_targets if part == UNET else None,
+            dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+        )
+        model.train()
+        if config.gradient_checkpointing:
+            enable_checkpointing(part, model)
 
 
 def _compute_start(
@@ -416,14 +424,20 @@ def _load_unet(config: TrainingConfig, machine: Machine, base: Base) -> nn.Modul
     return unet
 
 
-def _enable_checkpointing(part: str, model: nn.Module) -> None:
+def enable_checkpointing(part: str, model: nn.Module, **options: Any) -> None:
+    """Lets a part compute its activations again in the backward pass.
+
+    Arguments:
+        options: of `torch.utils.checkpoint.checkpoint`.
+    """
+    # The reentrant kind needs an input that requires a gradient, which token ids are not.
+    options = {"use_reentrant": False, **options}
     if part == UNET:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(lambda module, *given: checkpoint(module.__call__, *given, **options))
     else:
-        # The reentrant kind needs an input that requires a gradient, which token ids are not.
         # transformers 5.20 renamed the method; the older name warns there.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable(options)
 
 
 def _check_parameters(

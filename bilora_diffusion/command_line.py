@@ -6,7 +6,7 @@ Neither torch nor diffusers is imported here: `--help` and a refusal must answer
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,11 +38,12 @@ BOOLS = {
 }
 
 
-def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
+def parse(argv: Sequence[str] | None = None, assumed: Mapping[str, Any] | None = None) -> TrainingConfig:
     """The configuration of a run.
 
     Arguments:
         argv: the words after the program's name; unset: `sys.argv[1:]`.
+        assumed: values of flags that neither the words nor the file name.
 
     Raises:
         UserError: for anything wrong, in one line that names the flag, or the file, its line and the key.
@@ -58,6 +59,10 @@ def parse(argv: Sequence[str] | None = None) -> TrainingConfig:
             if given.get(name) is not None:
                 values.pop(rival, None)
     values |= given
+    for name, value in (assumed or {}).items():
+        rivals = [one for pair in RIVALS for one in pair if name in pair]
+        if all(values.get(one) is None for one in (name, *rivals)):
+            values[name] = value
     for flag in FLAGS.values():
         if flag.required and flag.name not in values:
             raise UserError(f"--{flag.name} is missing: {flag.help}")

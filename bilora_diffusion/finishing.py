@@ -253,6 +253,7 @@ def _summary(
         "skipped_steps": progress.skipped,
         "seconds_per_step": progress.seconds_per_step,
         "peak_memory_bytes": peak_memory_bytes(machine.device),
+        "estimated_peak_memory_bytes": parts.estimated_peak_bytes,
         "processes": process_count(),
         "parameters": {
             "primary": sum(parameter.numel() for parameter in parts.trainer.primary),

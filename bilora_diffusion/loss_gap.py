@@ -51,10 +51,11 @@ def measure_loss_gap(models: Iterable[nn.Module], method: Method, micro_batches:
     """
     models = list(models)
     twins = [micro_batch.in_float32() for micro_batch in micro_batches]
-    with no_dropout(models), float32_computation(models):
-        with method.perturbed(twins):
+    with no_dropout(models):
+        # Found as the step finds it. A backward pass in `float32_computation` would meet weights put back by then.
+        with method.perturbed(micro_batches), float32_computation(models):
             perturbed = torch.stack([twin.loss() for twin in twins]).mean()
-        with auxiliary_off(models):
+        with auxiliary_off(models), float32_computation(models):
             clean = torch.stack([twin.loss() for twin in twins]).mean()
     return LossGap(perturbed.item(), clean.item())
 

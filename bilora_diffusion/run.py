@@ -34,13 +34,14 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.finishing import finish, save_loras, upload
 from bilora_diffusion.interruption import Interruption, ignore_interrupts
 from bilora_diffusion.loss_gap import LossGap, measure_loss_gap
+from bilora_diffusion.memory.advice import check_memory
 from bilora_diffusion.previews import Previews
 from bilora_diffusion.processes import average, on_host
 from bilora_diffusion.progress import Progress
 from bilora_diffusion.run_folder import TRACKED_AS, RunFolder
 from bilora_diffusion.tracking import check_trackers, start_trackers
 
-__all__ = ["Outcome", "train"]
+__all__ = ["DTYPES", "Outcome", "resolved_precision", "train"]
 
 logger = logging.getLogger("bilora_diffusion")
 
@@ -83,7 +84,7 @@ def train(config: TrainingConfig) -> Outcome:
 
 
 def _train(config: TrainingConfig) -> Outcome:
-    precision = _precision(config)
+    precision = resolved_precision(config)
     accelerator = _accelerator(config)
     machine = Machine(
         accelerator.device,
@@ -106,6 +107,7 @@ def _train(config: TrainingConfig) -> Outcome:
         for warning in warnings:
             logger.warning(warning)
     seed = _seed(config, checkpoint)
+    estimated_bytes = check_memory(config, machine.device, machine.dtype) if machine.is_main else None
     steps_per_epoch = 0
 
     def steps_of(length: int) -> int:
@@ -116,6 +118,7 @@ def _train(config: TrainingConfig) -> Outcome:
         return config.max_train_steps or config.num_train_epochs * steps_per_epoch
 
     parts = assemble(config, machine, pictures, seed=seed, steps_of=steps_of, resumed=checkpoint is not None)
+    parts.estimated_peak_bytes = estimated_bytes
     steps = steps_of(len(parts.dataset))
     resolved = _resolved(config, parts, seed=seed, steps=steps, precision=precision)
     progress = Progress(seed)
@@ -404,7 +407,7 @@ def _resolved(config: TrainingConfig, parts: Parts, *, seed: int, steps: int, pr
     return replace(config, **changes)
 
 
-def _precision(config: TrainingConfig) -> str:
+def resolved_precision(config: TrainingConfig) -> str:
     """--mixed_precision, else what accelerate was configured or launched with."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPES:

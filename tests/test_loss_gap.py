@@ -223,6 +223,18 @@ def test_an_auxiliary_of_zero_has_no_gap_and_one_that_ascended_has_one(build, pr
     assert measure_loss_gap(run.parts.models.values(), run.parts.method, run.micro_batches()).gap == 0
 
 
+@pytest.mark.parametrize("method", ["lora-sam", "looksam", "bilora-fresh"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_perturbation_that_takes_a_pass_is_found_on_a_half_base(build, method, checkpointing):
+    whole, half = (
+        build(method, precision, rho=0.5, gradient_checkpointing=checkpointing) for precision in ("no", "bf16")
+    )
+    gaps = [measure_loss_gap(r.parts.models.values(), r.parts.method, r.micro_batches()) for r in (whole, half)]
+    assert gaps[1].clean == pytest.approx(gaps[0].clean, rel=0.01)
+    assert gaps[1].gap == pytest.approx(gaps[0].gap, rel=0.2)
+    assert not gaps[1].is_noise
+
+
 def test_the_gap_is_of_the_whole_step(build):
     """The mean over its micro-batches, at the same draws as the step's own loss."""
     run = build(gradient_accumulation_steps=2)

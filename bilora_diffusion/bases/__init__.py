@@ -17,7 +17,7 @@ from bilora_diffusion.bases.fetching import existing_path, fetch, may_be_hub_id
 from bilora_diffusion.bases.folder import CONFIG_FILES, PARTS, BaseFolder, read_part, weight_patterns
 from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.bases.single_file import SingleFile, vae_from_file
-from bilora_diffusion.bases.tiny import TINY_RANDOM, build_tiny_random
+from bilora_diffusion.bases.tiny import TINY_RANDOM, build_tiny_random, tiny_random_configurations
 from bilora_diffusion.embedded import BASE_FOLDER, EMBEDDED
 from bilora_diffusion.errors import UserError
 
@@ -97,14 +97,20 @@ class Base:
         Raises:
             UserError: as `load`.
         """
+        found = self.configurations("unet", "vae", config_folder=config_folder)
+        return int(found["unet"]["sample_size"]) * _vae_factor(found["vae"])
+
+    def configurations(self, *parts: str, config_folder: Path | None = None) -> dict[str, dict[str, Any]]:
+        """How `parts` are built, as the config.json of each says; reads no weights.
+
+        Raises:
+            UserError: as `load`.
+        """
         with quiet_libraries():
             if self.name == TINY_RANDOM:
-                pipeline = build_tiny_random()
-                unet, vae = pipeline.unet.config, pipeline.vae.config
-            else:
-                source = self._open((), config_folder)
-                unet, vae = source.read_json("unet/config.json"), source.read_json("vae/config.json")
-        return int(unet["sample_size"]) * _vae_factor(vae)
+                return {part: dict(tiny_random_configurations()[part]) for part in parts}
+            source = self._open((), config_folder)
+            return {part: source.read_json(f"{part}/config.json") for part in parts}
 
     @property
     def is_hub_id(self) -> bool:

@@ -15,6 +15,7 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -25,7 +26,7 @@ from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, clip_vocabular
 from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.bases.text_config import small_text_config
 
-__all__ = ["TINY_RANDOM", "build_tiny_random", "tiny_random_folder"]
+__all__ = ["TINY_RANDOM", "build_tiny_random", "tiny_random_configurations", "tiny_random_folder"]
 
 TINY_RANDOM = "tiny-random"
 """The name under which this base is asked for, wherever a base can be named."""
@@ -86,6 +87,18 @@ def tiny_random_folder() -> Path:
     with quiet_libraries():
         build_tiny_random().save_pretrained(folder)
     return folder
+
+
+@functools.cache
+def tiny_random_configurations() -> dict[str, dict[str, Any]]:
+    """What the config.json of each part would hold."""
+    pipeline = build_tiny_random()
+    return {
+        "unet": dict(pipeline.unet.config),
+        "vae": dict(pipeline.vae.config),
+        "text_encoder": pipeline.text_encoder.config.to_dict(),
+        "text_encoder_2": pipeline.text_encoder_2.config.to_dict(),
+    }
 
 
 def _unet() -> UNet2DConditionModel:
