@@ -66,7 +66,8 @@ class LatentFiles:
             return path
         moments = encode()
         tensors = {"mean": moments.mean.contiguous(), "std": moments.std.contiguous()}
-        write_bytes_atomically(path, save(tensors, {"digest": _digest(*tensors.values())}), shared=True)
+        content = save(tensors, {"digest": _digest(*tensors.values())})
+        write_bytes_atomically(path, content, shared=True, durable=False)
         self.made += 1
         return path
 

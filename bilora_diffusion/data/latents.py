@@ -112,7 +112,7 @@ class CachedLatents:
 
 def _encode(dataset: DreamBoothDataset, vae: nn.Module, key: VariantKey, view: View) -> Moments:
     both = encode_images(vae, dataset.pixels(*key[:2], view)[None])
-    moments = Moments(both.mean[0], both.std[0])
+    moments = Moments(both.mean[0].clone(), both.std[0])  # on a CPU the mean is a view of what the variance came from
     _check_finite(moments, dataset, key)
     return moments
 
