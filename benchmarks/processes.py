@@ -115,13 +115,26 @@ def _measure(arguments: argparse.Namespace) -> Path:
 
 def _run(flags: Mapping[str, Any], processes: int, output: Path, threads: int) -> list[float]:
     """Seconds of each step of one run of the trainer, as it noted them."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    code, errors = _launch([*words, "--output_dir", str(output), "--overwrite_output_dir"], processes, threads)
+    if code:
+        told = [line for line in errors.splitlines() if line.startswith("error: ")]
+        raise UserError(told[0].removeprefix("error: ") if told else f"a run failed: {errors[-2000:]}")
+    started = json.loads((output / "summary.json").read_text())["processes"]
+    if started != processes:
+        raise UserError(f"the launcher started {started} processes in place of {processes}")
+    return [json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def _launch(words: Sequence[str], processes: int, threads: int) -> tuple[int, str]:
+    """The trainer's exit code and what it wrote to stderr."""
+    import torch
+
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", "1", "--main_process_port", "0"]
     launch += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--multi_gpu"] if processes > 1 else []  # also on a CPU: `--cpu` would start one
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    words += ["--output_dir", str(output), "--overwrite_output_dir"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    if flags["mixed_precision"] == "no":
+    if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(
         [sys.executable, *launch, str(ROOT / "train_dreambooth_bilora.py"), *words],
@@ -130,13 +143,7 @@ def _run(flags: Mapping[str, Any], processes: int, output: Path, threads: int) -
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        raise UserError(told[0].removeprefix("error: ") if told else f"a run failed: {done.stderr[-2000:]}")
-    started = json.loads((output / "summary.json").read_text())["processes"]
-    if started != processes:
-        raise UserError(f"the launcher started {started} processes in place of {processes}")
-    return [json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return done.returncode, done.stderr
 
 
 def rate(sample: Mapping[str, Any], batch: int) -> float:

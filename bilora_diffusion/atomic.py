@@ -1,8 +1,8 @@
 """Files that are either the old one, whole, or the new one, whole, whenever the process or the machine stops.
 
-The new content goes to a hidden neighbour of the file, is forced to the disk, and takes the file's name in
-one step. One process writes a file at a time: the neighbour's name is fixed, so that what a killed run left
-behind is overwritten by the next instead of piling up.
+The new content goes to a hidden neighbour of the file, is forced to the disk (unless it can be made again), and takes
+the file's name in one step. One process writes a file at a time: the neighbour's name is fixed, so that what a killed
+run left behind is overwritten by the next instead of piling up.
 """
 
 import errno

@@ -3,7 +3,7 @@
 import gc
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from tiny_run import Builder, TinyRun, write_pictures
-from whole_run import forking, in_one_and_in_two, quicken, ranks, words
+from whole_run import Forked, forking, in_one_and_in_two, quicken, ranks, words
 from whole_run import main as train_main
 
 from benchmarks import processes as processes_benchmark
 from benchmarks.scale import __main__ as scale_benchmark
 from benchmarks.scale import pictures as scale_pictures
+from benchmarks.scale import watched
 from benchmarks.scale.report import parts_seconds, slope, table
 from bilora_diffusion import bars
 from bilora_diffusion.data import reading
@@ -257,7 +258,20 @@ def test_only_the_main_process_shows_bars(tmp_path: Path, monkeypatch: pytest.Mo
 # --- The benchmarks ---
 
 
-def test_the_scale_benchmark(tmp_path: Path) -> None:
+def in_forks(words: Sequence[str], count: int, work: Callable[[list[str]], int], folder: Path) -> tuple[int, str]:
+    """What a benchmark's own start of the trainer gives, without ten seconds of imports a process."""
+    children = (
+        ranks(count, lambda rank: work([*words]), folder / "logs")
+        if count > 1
+        else [Forked(lambda: work([*words]), folder / "log")]
+    )
+    return max(child.wait() for child in children), children[0].log.read_text()
+
+
+@forking
+def test_the_scale_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)
+    monkeypatch.setattr(scale_benchmark, "_start", lambda words, _: in_forks(words, 1, watched.main, tmp_path))
     words = ["--pictures", "2", "--side", "64", "--resolution", "32", "--steps", "3", "--folder", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:
         kinds = {kind: scale_benchmark.KINDS[kind] for kind in ("on disk", "found on disk")}
@@ -307,7 +321,12 @@ def test_the_benchmarks_pictures_follow_from_their_number(tmp_path: Path) -> Non
     assert len({path.read_bytes() for path in (tmp_path / "other").iterdir()}) == 6
 
 
+@forking
 def test_the_benchmark_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)
+    monkeypatch.setattr(
+        processes_benchmark, "_launch", lambda words, count, _: in_forks(words, count, train_main, tmp_path)
+    )
     monkeypatch.setattr(processes_benchmark, "_cores", lambda: 2)
     argv = "--methods lora --repeats 1 --steps 5 --base tiny-random --resolution 32 --batch 1 --folder".split()  # noqa: SIM905
     processes_benchmark.main([*argv, str(tmp_path)])
@@ -316,6 +335,20 @@ def test_the_benchmark_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(len(sample["seconds"]) == 5 and min(sample["seconds"]) > 0 for sample in measured["samples"])
     assert "| lora | " in (tmp_path / "processes.md").read_text()
     assert str(tmp_path) not in (tmp_path / "processes_cpu.json").read_text()
+
+
+@forking
+def test_what_a_run_says_is_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(processes_benchmark, "_cores", lambda: 2)
+    monkeypatch.setattr(
+        processes_benchmark, "_launch", lambda words, count, _: in_forks(words, count, train_main, tmp_path)
+    )
+    with pytest.raises(SystemExit, match=r"^2$"):
+        processes_benchmark.main(["--pictures", "nowhere", "--base", "tiny-random", "--folder", str(tmp_path)])
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: --instance_data_dir nowhere is not there") and printed.count("\n") == 1
 
 
 def test_the_share_of_ideal() -> None:
@@ -343,7 +376,6 @@ def test_the_share_of_ideal() -> None:
         (["--processes", "3"], "error: --processes 3: only 2 times 1 CPU threads are there"),
         (["--processes", "1"], "error: --processes 1: give 2 or more"),
         (["--steps", "3"], "error: --steps 3: give more than the 3"),
-        (["--pictures", "nowhere", "--base", "tiny-random"], "error: --instance_data_dir nowhere is not there"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(

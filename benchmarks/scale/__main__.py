@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,23 @@ def _run(flags: dict[str, Any], output: Path, threads: int) -> dict[str, Any]:
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     words += ["--output_dir", str(output), "--overwrite_output_dir"]
     result = output.with_name("watched.json")
+    code, errors = _start([str(result), *words], threads)
+    if code:
+        raise RuntimeError(f"the trainer ended with {code}: {errors[-2000:]}")
+    steps = [json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {**json.loads(result.read_text()), "steps": steps}
+
+
+def _start(words: Sequence[str], threads: int) -> tuple[int, str]:
+    """The exit code of the watched trainer, and what it wrote to stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale.watched", str(result), *words],
+        [sys.executable, "-m", "benchmarks.scale.watched", *words],
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        raise RuntimeError(f"the trainer ended with {done.returncode}: {done.stderr[-2000:]}")
-    steps = [json.loads(line)["seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {**json.loads(result.read_text()), "steps": steps}
+    return done.returncode, done.stderr
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

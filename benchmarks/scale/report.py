@@ -1,7 +1,7 @@
 """The table, from what was measured."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -70,12 +70,19 @@ def _section(content: Mapping[str, Any]) -> list[str]:
                 f"{statistics.median(sample['steps'][WARM_UP:]) * 1000:.0f} ms",
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    told = (
+    return lines if len({sample["pictures"] for sample in samples}) == 1 else lines + _growth(setting["flags"], samples)
+
+
+def _growth(kinds: Iterable[str], samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "",
         "What a picture adds: CPU time of the three parts and memory, by least squares; and that time from each folder "
-    )
-    lines += ["", told + "to the next, which would grow if more pictures made each one slower.", ""]
-    lines += ["| latents | CPU time | memory | CPU time from folder to folder |", "|---|---|---|---|"]
-    for kind in setting["flags"]:
+        "to the next, which would grow if more pictures made each one slower.",
+        "",
+        "| latents | CPU time | memory | CPU time from folder to folder |",
+        "|---|---|---|---|",
+    ]
+    for kind in kinds:
         own = sorted((sample for sample in samples if sample["kind"] == kind), key=lambda sample: sample["pictures"])
         between = ", ".join(f"{slope(pair, parts_seconds) * 1000:.1f} ms" for pair in pairwise(own))
         time, memory = slope(own, parts_seconds), slope(own, peak_memory)

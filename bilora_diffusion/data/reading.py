@@ -1,10 +1,12 @@
-"""Reading many files: on several threads, in order, under a progress bar."""
+"""Reading many pictures: on several threads, in order, under a progress bar."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
+
+from PIL import Image
 
 from bilora_diffusion.bars import progress_bar
 
@@ -28,6 +30,7 @@ def read_each(
         what, total, unit: see `progress_bar`.
     """
     items = iter(items)
+    Image.init()  # Pillow loads most formats at first need, and a second thread may then find its format missing
     with progress_bar(what, total, unit) as bar, ThreadPoolExecutor(THREADS) as pool:
         while group := list(islice(items, _AT_ONCE)):
             for result in pool.map(read, group):
