@@ -32,6 +32,7 @@ from bilora_diffusion.data.latent_files import LatentFiles
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
 from bilora_diffusion.data.masks import with_alpha_masks, with_mask_files
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
+from bilora_diffusion.data.tensor_file import TensorFile
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.initialisation import attach_start, fill_start, weight_gradients
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 GRADIENT_ROWS = 32
 """Over which --init_lora_weights lora_ga takes the weights' gradient."""
+MUCH_MEMORY_BYTES = 1_000_000_000
+"""Of cached latents: more is worth a word."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -147,6 +150,7 @@ def assemble(
     base = Base.from_flags(vars(config))
     resolution = config.resolution or base.native_resolution()
     dataset = _data_set(config, machine, base, pictures, resolution, seed)
+    _check_cacheable(config, dataset)
     prior_prompt = config.class_prompt if config.prior_from_base else None
     initial = read_lora(config.init_lora_from, base) if config.init_lora_from and not resumed else None
     trains_text = config.train_text_encoder
@@ -167,7 +171,8 @@ def assemble(
         models |= dict(zip(TEXT_ENCODERS, encoders, strict=True))
         prompts = TokenizedPrompts(texts, tokenizers)
     else:
-        prompts = EmbeddedPrompts(texts, tokenizers, encoders, all_known=not config.shuffle_caption)
+        kept = TensorFile(config.cache_dir_latents) if config.cache_dir_latents else None
+        prompts = EmbeddedPrompts(texts, tokenizers, encoders, all_known=not config.shuffle_caption, kept=kept)
         if config.shuffle_caption and machine.is_main:
             logger.info(
                 "the text encoders stay in memory: --shuffle_caption makes prompts that cannot be embedded ahead"
@@ -372,13 +377,16 @@ def _prior_dtype(wanted: str | None, device: torch.device) -> torch.dtype:
     return named.get(wanted or "no", unset)
 
 
-def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: DreamBoothDataset) -> LatentSource:
+def _check_cacheable(config: TrainingConfig, dataset: DreamBoothDataset) -> None:
     if (config.cache_latents or config.cache_dir_latents) and not dataset.cacheable:
         flag = "cache_latents" if config.cache_latents else "cache_dir_latents"
         raise UserError(
             f"--{flag}: random crops are drawn anew each time, so there is nothing to keep: "
             f"add --center_crop, or leave --{flag} out"
         )
+
+
+def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: DreamBoothDataset) -> LatentSource:
     cached = dataset.cacheable if config.cache_latents is None else config.cache_latents
     if not cached and config.cache_latents is None and machine.is_main:
         logger.info("latents are not cached: crops are drawn anew; --center_crop saves the VAE's memory and time")
@@ -391,7 +399,11 @@ def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: Drea
         files = LatentFiles(config.cache_dir_latents, vae, dataset.interpolation)
     latents = CachedLatents(dataset, vae, files, machine.rank, machine.processes)
     if files is not None and machine.is_main:
-        logger.info(f"latents: {files.found} read from {files.folder}, {files.made} encoded and kept there")
+        logger.info(f"latents: {files.found} found in {files.folder}, {files.made} encoded and kept there")
+    if machine.is_main and latents.bytes_in_memory > MUCH_MEMORY_BYTES:
+        logger.info(
+            f"the latents take {latents.bytes_in_memory / 1e9:.1f} GB of memory: --cache_dir_latents keeps them on disk"
+        )
     dataset.stop_decoding()
     del vae
     free_memory()

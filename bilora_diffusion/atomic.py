@@ -1,8 +1,8 @@
 """Files that are either the old one, whole, or the new one, whole, whenever the process or the machine stops.
 
-The new content goes to a hidden neighbour of the file, is forced to the disk, and takes the file's name in
-one step. One process writes a file at a time: the neighbour's name is fixed, so that what a killed run left
-behind is overwritten by the next instead of piling up.
+The new content goes to a hidden neighbour of the file, is forced to the disk (unless it can be made again), and takes
+the file's name in one step. One process writes a file at a time: the neighbour's name is fixed, so that what a killed
+run left behind is overwritten by the next instead of piling up.
 """
 
 import errno
@@ -27,7 +27,7 @@ HINTS = {
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], shared: bool = False, durable: bool = True) -> Iterator[Path]:
     """Gives a temporary path to write to; when the block ends without an exception it becomes `path`.
 
     The temporary file is in the same folder (a rename is atomic within one file system only) and its name
@@ -36,6 +36,8 @@ def atomic_write(path: str | os.PathLike[str], shared: bool = False) -> Iterator
 
     Arguments:
         shared: other processes may write the same file at this moment; the last one's stays.
+        durable: forced to the disk, milliseconds a file. Without, a machine that loses its power may leave a damaged
+            file: for what is checked when it is read, and can be made again.
 
     Raises:
         UserError: the operating system refused (a full disk, no permission, no such folder). Whatever was at
@@ -46,10 +48,12 @@ def atomic_write(path: str | os.PathLike[str], shared: bool = False) -> Iterator
     temporary = target.with_name(f".{target.name}{own}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        if durable:
+            _sync_folder(target.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -58,9 +62,11 @@ def atomic_write(path: str | os.PathLike[str], shared: bool = False) -> Iterator
         raise
 
 
-def write_bytes_atomically(path: str | os.PathLike[str], content: bytes, shared: bool = False) -> None:
-    """Writes a whole file; see `atomic_write` for the errors and for `shared`."""
-    with atomic_write(path, shared) as temporary:
+def write_bytes_atomically(
+    path: str | os.PathLike[str], content: bytes, shared: bool = False, durable: bool = True
+) -> None:
+    """Writes a whole file; see `atomic_write` for the errors, `shared` and `durable`."""
+    with atomic_write(path, shared, durable) as temporary:
         temporary.write_bytes(content)
 
 

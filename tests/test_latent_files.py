@@ -52,8 +52,15 @@ def picture(tmp_path: Path) -> Picture:
     return find_pictures(tmp_path / "pictures", instance_prompt="x")[0][0]
 
 
-def files(folder: Path, vae, interpolation: str = "lanczos") -> LatentFiles:
-    return LatentFiles(folder / "cache", vae, interpolation)
+class Files(LatentFiles):
+    """Keeps and reads."""
+
+    def get(self, *what) -> Moments:
+        return self.read(self.keep(*what))
+
+
+def files(folder: Path, vae, interpolation: str = "lanczos") -> Files:
+    return Files(folder / "cache", vae, interpolation)
 
 
 def kept(folder: Path) -> list[Path]:
@@ -206,7 +213,7 @@ def test_a_run_on_kept_latents_is_the_run_on_fresh_ones(
     before = snapshot(tmp_path / "cache")
     assert len(before) == 8  # four pictures, as they are and mirrored
     assert {tuple(load_file(path)["mean"].shape) for path in kept(tmp_path)} == {(4, 8, 8)}
-    assert any("0 read from" in message and "8 encoded" in message for message in caplog.messages)
+    assert any("0 found in" in message and "8 encoded" in message for message in caplog.messages)
 
     def never(*_) -> None:
         raise AssertionError("encoded again")
@@ -214,7 +221,7 @@ def test_a_run_on_kept_latents_is_the_run_on_fresh_ones(
     monkeypatch.setattr(latents_module, "encode_images", never)
     assert all_equal(fresh, train(pictures, tmp_path / "run", resume_from_checkpoint="latest", **flags))
     assert all_equal(fresh, train(pictures, tmp_path / "again", **flags))
-    assert any("8 read from" in message and "0 encoded" in message for message in caplog.messages)
+    assert any("8 found in" in message and "0 encoded" in message for message in caplog.messages)
     assert snapshot(tmp_path / "cache") == before
 
 

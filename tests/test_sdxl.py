@@ -119,7 +119,7 @@ def test_cached_latents_are_those_of_the_pictures(build, tiny):
     vae = copy.deepcopy(tiny.vae)
     cached = run.parts.make_batch.latents
     assert isinstance(cached, CachedLatents)
-    assert len(cached.cache) == 2 * (4 + 3)
+    assert len(cached.kept) == 2 * (4 + 3)
     assert not dataset.decode  # no file is opened any more
     dataset.decode = True
     vae.enable_slicing()

@@ -11,19 +11,16 @@ tiny and medium (SDXL's blocks, 3 and 59 million parameters) run anywhere and gi
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from benchmarks.recording import RESULTS, circumstances, rounded
 from bilora_diffusion.errors import UserError
 
 __all__ = ["main"]
 
-RESULTS = Path(__file__).parent.parent / "results"
 MINUTES = {"tiny": 1.5, "medium": 3.5, "sdxl": 1.0}
 """Of the rounds; with what comes before them tiny and medium stay under five minutes, sdxl under two."""
 FEWEST_ROUNDS = 3
@@ -40,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.speed.bases import RESOLUTIONS, SharedBase
     from benchmarks.speed.contenders import RANK, Setting, specifications, write_pictures
     from benchmarks.speed.measuring import as_json, in_rounds, matmul_flops_per_second, prepare
-    from bilora_diffusion.finishing import package_versions
 
     try:
         if arguments.model == "sdxl" and not torch.cuda.is_available():
@@ -89,9 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             "minutes": arguments.minutes,
             "flags": {one.name: one.flags for one in wanted},
         },
-        "versions": package_versions() | {"cuda": torch.version.cuda},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(torch.get_num_threads()),
-        "commit": _commit(),
+        **circumstances(torch.get_num_threads()),
         "matmul": matmul,
         "sample": ["round", "place", "seconds", "cpu_seconds"],
         "contenders": as_json(runners, facts),
@@ -133,23 +127,6 @@ def report(folder: Path) -> list[Path]:
     path = folder / "speed.md"
     path.write_text(table(list(measured.values())))
     return [path, *pictures]
-
-
-def rounded(value: Any) -> Any:
-    """Five digits are more than the measurements carry."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return [rounded(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _processor(threads: int) -> str:
-    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
 
 
 if __name__ == "__main__":

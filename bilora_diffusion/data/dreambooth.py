@@ -185,6 +185,10 @@ class DreamBoothDataset(Dataset[list[Row]]):
     def stop_decoding(self) -> None:
         """From now on rows come without pixels; pictures kept in memory are let go."""
         self.decode = False
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Frees the pictures that were kept in memory; shown again, they are decoded again."""
         self._kept.clear()
         self._kept_bytes = 0
 

@@ -12,7 +12,9 @@ arXiv:2307.01952, section 2.2.
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ __all__ = [
     "Source",
     "View",
     "draw_view",
+    "image_size",
     "load_alpha",
     "load_image",
     "load_mask",
@@ -63,6 +66,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation to what makes the picture upright."""
+
+_SIDEWAYS = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,34 @@ def load_image(source: Source, name: str | None = None) -> Image.Image:
         UserError: it cannot be read to its end, or a side is under `SMALLEST_SIDE_PX`. The message names it.
     """
     name = name or (str(source) if isinstance(source, Path) else "a picture")
-    image = _read(source, name, _rgb)
-    if min(image.size) < SMALLEST_SIDE_PX:
+    image = _read(source, name, partial(_upright, convert=_rgb))
+    _check_size((image.height, image.width), name)
+    return image
+
+
+def image_size(source: Source, name: str) -> tuple[int, int]:
+    """(height, width) in px of what `load_image` gives of a picture, which is read to its last byte.
+
+    A JPEG is decoded at an eighth of its size: that finds a damaged one as well, and sooner.
+
+    Raises:
+        UserError: as `load_image`.
+    """
+    if isinstance(source, Image.Image):
+        image = load_image(source, name)
+        return image.height, image.width
+    size = _read(source, name, _size)  # changes what was opened
+    _check_size(size, name)
+    return size
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    height, width = size
+    if min(size) < SMALLEST_SIDE_PX:
         raise UserError(
-            f"{name} is too small, {image.width} x {image.height} px (width x height): each side needs at "
+            f"{name} is too small, {width} x {height} px (width x height): each side needs at "
             f"least {SMALLEST_SIDE_PX} px; replace or remove it"
         )
-    return image
 
 
 def load_alpha(source: Source, name: str) -> Image.Image:
@@ -119,7 +147,7 @@ def load_alpha(source: Source, name: str) -> Image.Image:
     Raises:
         UserError: as `load_image`.
     """
-    return _read(source, name, _alpha)
+    return _read(source, name, partial(_upright, convert=_alpha))
 
 
 def load_mask(source: Source, name: str) -> Image.Image:
@@ -128,17 +156,17 @@ def load_mask(source: Source, name: str) -> Image.Image:
     Raises:
         UserError: as `load_image`.
     """
-    return _read(source, name, _grey_on_black)
+    return _read(source, name, partial(_upright, convert=_grey_on_black))
 
 
-def _read(source: Source, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """A picture to its last byte, converted and turned upright."""
+def _read(source: Source, name: str, use: Callable[[Image.Image], Result]) -> Result:
+    """What `use` makes of an opened picture."""
     # Decoders of damaged files raise whatever they stumble on (OSError, SyntaxError, struct.error ...).
     try:
         if isinstance(source, Image.Image):
-            return _upright(source, convert)
+            return use(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            return _upright(opened, convert)
+            return use(opened)
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing: there is no file {error.filename}") from error
     except Exception as error:
@@ -228,13 +256,29 @@ def prepare(
 
 
 def _upright(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    image.load()  # to the last byte: a truncated file fails here; TIFF turns itself upright here
+    """A picture to its last byte, converted and turned upright."""
+    image.load()  # a truncated file fails here; TIFF turns itself upright here
     converted = convert(image)
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block is no reason to lose the picture
-        turn = None
+    turn = _turn(image)
     return converted if turn is None else converted.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block is no reason to lose the picture
+        return None
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    """See `image_size`."""
+    width, height = image.size
+    image.draft(None, (1, 1))  # of formats but JPEG it changes nothing
+    if image.size == (width, height):
+        upright = _upright(image, _rgb)
+        return upright.height, upright.width
+    _upright(image, _rgb)
+    return (width, height) if _turn(image) in _SIDEWAYS else (height, width)
 
 
 def _is_deep_grey(image: Image.Image) -> bool:

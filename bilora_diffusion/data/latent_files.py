@@ -51,8 +51,8 @@ class LatentFiles:
         except OSError as error:
             raise UserError(f"--cache_dir_latents {folder} cannot be made: {error.strerror}; name another") from error
 
-    def get(self, picture: Picture, view: View, target: tuple[int, int], encode: Callable[[], Moments]) -> Moments:
-        """The posterior of what a view shows of a picture at (height, width) `target`: read, or encoded and kept.
+    def keep(self, picture: Picture, view: View, target: tuple[int, int], encode: Callable[[], Moments]) -> Path:
+        """The file with the posterior of what a view shows of a picture at (height, width) `target`: found, or made.
 
         The picture's file is read, but not decoded. A damaged file of ours is told of and written anew.
 
@@ -61,14 +61,28 @@ class LatentFiles:
         """
         what = json.dumps([picture.digest(), view.crop_top_left, view.flipped, target, *self._how])
         path = self.folder / f"{_digest(what.encode())}.safetensors"
-        kept = _read(path)
-        if kept is not None:
+        if _read(path) is not None:
             self.found += 1
-            return kept
+            return path
         moments = encode()
         tensors = {"mean": moments.mean.contiguous(), "std": moments.std.contiguous()}
-        write_bytes_atomically(path, save(tensors, {"digest": _digest(*tensors.values())}), shared=True)
+        content = save(tensors, {"digest": _digest(*tensors.values())})
+        write_bytes_atomically(path, content, shared=True, durable=False)
         self.made += 1
+        return path
+
+    def read(self, path: Path) -> Moments:
+        """What a file of `keep` holds.
+
+        Raises:
+            UserError: it is gone or damaged since then.
+        """
+        moments = _read(path)
+        if moments is None:
+            raise UserError(
+                f"the latents that were in {path} are gone: start the run again or go on with --resume_from_checkpoint "
+                "latest, and leave the folder of --cache_dir_latents alone meanwhile"
+            )
         return moments
 
 

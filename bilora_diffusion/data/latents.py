@@ -3,17 +3,21 @@
 What is kept is the VAE's posterior, not a sample of it: each epoch samples anew, with or without the cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import partial
+from itertools import chain, groupby
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from bilora_diffusion.bars import progress_bar
 from bilora_diffusion.data.dreambooth import DreamBoothDataset, Row, VariantKey
 from bilora_diffusion.data.images import View
 from bilora_diffusion.data.latent_files import LatentFiles
 from bilora_diffusion.data.masks import latent_weights
+from bilora_diffusion.data.tensor_file import TensorFile
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.sdxl import Moments, encode_images
 
@@ -51,12 +55,12 @@ class EncodedLatents:
 
 
 class CachedLatents:
-    """The posteriors of all pictures, flipped and not, in the computer's memory (0.5 MB each at 1024 px).
+    """The posteriors of all pictures, flipped and not, each encoded once: 0.5 MB of memory each at 1024 px, or on disk.
 
     The VAE is not held: once this exists it can be freed.
 
     Arguments:
-        files: where posteriors are kept from run to run; None: nowhere.
+        files: where posteriors are kept from run to run, and read in every step; None: in memory.
         rank, processes: each process begins with a share of its own, so that `files` spare it the others'.
     """
 
@@ -69,29 +73,46 @@ class CachedLatents:
         processes: int = 1,
     ) -> None:
         self.vae_config = vae.config
-        self.cache: dict[VariantKey, Moments] = {}
-        self.weights: dict[VariantKey, Tensor | None] = {}
-        variants = list(dataset.variants())
-        for place in range(processes):
-            for key, view in variants[(rank + place) % processes :: processes]:
-                encode = partial(_encode, dataset, vae, key, view)
-                if files is None:
-                    self.cache[key] = encode()
-                else:
-                    self.cache[key] = files.get(dataset.picture(*key[:2]), view, dataset.target(*key[:2]), encode)
-                self.weights[key] = _weights(dataset.mask(*key[:2], view), vae.config)
-                _check_some_weight(self.weights[key], dataset, key)
+        self.files = files
+        self.kept: dict[VariantKey, Moments | Path] = {}
+        self.weights: MutableMapping[VariantKey, tuple[Tensor, ...]] = {} if files is None else TensorFile(files.folder)
+        pictures = [list(variants) for _, variants in groupby(dataset.variants(), key=lambda variant: variant[0][:2])]
+        shares = [pictures[(rank + place) % processes :: processes] for place in range(processes)]
+        with progress_bar("caching latents", len(pictures), "picture") as bar:
+            for variants in chain.from_iterable(shares):
+                for key, view in variants:
+                    self._add(dataset, vae, key, view)
+                dataset.let_go()  # none is shown a second time
+                bar.update()
+
+    def _add(self, dataset: DreamBoothDataset, vae: nn.Module, key: VariantKey, view: View) -> None:
+        encode = partial(_encode, dataset, vae, key, view)
+        if self.files is None:
+            self.kept[key] = encode()
+        else:
+            self.kept[key] = self.files.keep(dataset.picture(*key[:2]), view, dataset.target(*key[:2]), encode)
+        weights = _weights(dataset.mask(*key[:2], view), self.vae_config)
+        if weights is not None:
+            _check_some_weight(weights, dataset, key)
+            self.weights[key] = (weights,)
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of the posteriors."""
+        held = [moments for moments in self.kept.values() if isinstance(moments, Moments)]
+        return sum(moments.mean.nbytes + moments.std.nbytes for moments in held)
 
     def moments(self, rows: Sequence[Row]) -> list[Moments]:
-        return [self.cache[row.key] for row in rows]
+        kept = [self.kept[row.key] for row in rows]
+        return [self.files.read(one) if isinstance(one, Path) else one for one in kept]
 
     def loss_weights(self, rows: Sequence[Row]) -> list[Tensor | None]:
-        return [self.weights[row.key] for row in rows]
+        return [self.weights[row.key][0] if row.key in self.weights else None for row in rows]
 
 
 def _encode(dataset: DreamBoothDataset, vae: nn.Module, key: VariantKey, view: View) -> Moments:
     both = encode_images(vae, dataset.pixels(*key[:2], view)[None])
-    moments = Moments(both.mean[0], both.std[0])
+    moments = Moments(both.mean[0].clone(), both.std[0])  # on a CPU the mean is a view of what the variance came from
     _check_finite(moments, dataset, key)
     return moments
 
@@ -102,9 +123,9 @@ def _weights(mask: Tensor | None, vae_config: Any) -> Tensor | None:
     return latent_weights(mask, 2 ** (len(vae_config.block_out_channels) - 1))
 
 
-def _check_some_weight(weights: Tensor | None, dataset: DreamBoothDataset, key: VariantKey) -> None:
+def _check_some_weight(weights: Tensor, dataset: DreamBoothDataset, key: VariantKey) -> None:
     """Raises: UserError: nothing of this picture is ever learnt."""
-    if weights is not None and not weights.any():
+    if not weights.any():
         raise UserError(
             f"the mask of {_name(dataset, key)} is black all over in the only crop that is shown of it: crop the "
             "picture to its subject, or leave --center_crop out"

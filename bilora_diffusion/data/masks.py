@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bilora_diffusion.data.images import SUFFIXES, View
 from bilora_diffusion.data.pictures import ALPHA, Picture
+from bilora_diffusion.data.reading import read_each
 from bilora_diffusion.errors import UserError
 
 __all__ = ["latent_weights", "render_mask", "with_alpha_masks", "with_mask_files"]
@@ -39,15 +40,16 @@ def with_mask_files(pictures: Sequence[Picture], folder: str | Path) -> list[Pic
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--mask_dir {folder} is not there: give the folder that holds the masks")
-    masked = [replace(picture, mask=_mask_file(folder, picture.name)) for picture in pictures]
+    places: dict[Path, dict[str, list[Path]]] = {}
+    masked = [replace(picture, mask=_mask_file(folder, picture.name, places)) for picture in pictures]
     missing = [picture.name for picture in masked if picture.mask is None]
     if missing:
         raise UserError(
             f"--mask_dir {folder} has no mask for {len(missing)} of {len(masked)} pictures, the first is {missing[0]}: "
             f"add {Path(missing[0]).with_suffix('.png')} of its size there, all white if the whole picture counts"
         )
-    for picture in masked:
-        _check_some_white(picture)
+    for picture, (_, brightest) in zip(masked, _extrema(masked), strict=True):
+        _check_some_white(picture, brightest)
     return masked
 
 
@@ -58,36 +60,53 @@ def with_alpha_masks(pictures: Sequence[Picture]) -> tuple[list[Picture], list[s
         UserError: no picture has transparency, or one has nothing else.
     """
     candidates = [replace(picture, mask=ALPHA) for picture in pictures]
-    opaque = {picture.name for picture in candidates if picture.load_mask().getextrema() == (255, 255)}
-    if len(opaque) == len(candidates):
+    extrema = _extrema(candidates)
+    if extrema.count((255, 255)) == len(candidates):
         raise UserError(
             f"--alpha_mask: none of the {len(candidates)} pictures has transparency: save them as PNG or WebP with an "
             "alpha channel, or leave it out"
         )
-    masked = [replace(picture, mask=None) if picture.name in opaque else picture for picture in candidates]
-    for picture in masked:
-        _check_some_white(picture)
+    masked = []
+    for picture, (darkest, brightest) in zip(candidates, extrema, strict=True):
+        _check_some_white(picture, brightest)
+        masked.append(replace(picture, mask=None) if darkest == 255 else picture)
+    opaque = [picture.name for picture in masked if picture.mask is None]
     if not opaque:
         return masked, []
-    first = next(picture.name for picture in masked if picture.name in opaque)
-    return masked, [f"--alpha_mask: {len(opaque)} of {len(masked)} pictures have no transparency, such as {first}"]
+    return masked, [f"--alpha_mask: {len(opaque)} of {len(masked)} pictures have no transparency, such as {opaque[0]}"]
 
 
-def _mask_file(folder: Path, name: str) -> Path | None:
-    """The mask of a picture by that name, which may be in a subfolder."""
+def _mask_file(folder: Path, name: str, places: dict[Path, dict[str, list[Path]]]) -> Path | None:
+    """The mask of a picture by that name, which may be in a subfolder.
+
+    Arguments:
+        places: the folders that were already listed, added to here: pictures by the name without its ending.
+    """
     place = folder / Path(name).parent
-    if not place.is_dir():
-        return None
-    stem = Path(name).stem
-    found = sorted(path for path in place.iterdir() if path.stem == stem and path.suffix.lower() in SUFFIXES)
+    if place not in places:
+        places[place] = _by_stem(place)
+    found = places[place].get(Path(name).stem, [])
     if len(found) > 1:
         raise UserError(f"--mask_dir has {found[0]} and {found[1]} for {name}: leave only one of them there")
     return found[0] if found else None
 
 
-def _check_some_white(picture: Picture) -> None:
-    mask = picture.load_mask()
-    if mask is not None and mask.getextrema()[1] == 0:
+def _by_stem(place: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(place.iterdir()) if place.is_dir() else ():
+        if path.suffix.lower() in SUFFIXES:
+            found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def _extrema(masked: Sequence[Picture]) -> list[tuple[int, int]]:
+    """The darkest and the brightest of each picture's mask."""
+    found = read_each(lambda picture: picture.load_mask().getextrema(), masked, "reading masks", len(masked), "mask")
+    return list(found)
+
+
+def _check_some_white(picture: Picture, brightest: int) -> None:
+    if brightest == 0:
         raise UserError(f"the mask of {picture.name} is black all over, nothing of it would be learnt: mend it")
 
 

@@ -5,12 +5,14 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from bilora_diffusion.data.images import SUFFIXES, Source, load_alpha, load_image, load_mask
+from bilora_diffusion.data.images import SUFFIXES, Source, image_size, load_alpha, load_image, load_mask
+from bilora_diffusion.data.reading import read_each
 from bilora_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,11 +82,10 @@ class Picture:
         """A picture of unknown size: decodes it once.
 
         Raises:
-            UserError: see `load_image`.
+            UserError: see `image_size`.
         """
         picture = cls(name, source, caption, (0, 0))
-        image = picture.load()
-        return replace(picture, size=(image.height, image.width))
+        return replace(picture, size=image_size(picture._content(), name))
 
     def load(self) -> Image.Image:
         """The pixels, upright, RGB. Raises UserError as `load_image` does."""
@@ -155,7 +156,7 @@ def find_pictures(
         (name, folder / name, captions.get(name) or _sidecar_caption(folder / name) or instance_prompt)
         for name in names
     )
-    pictures, problems = _usable(candidates)
+    pictures, problems = _usable(candidates, len(names))
     _require_some(pictures, problems, f"--instance_data_dir {folder}")
     _require_captions(
         pictures,
@@ -177,7 +178,8 @@ def class_pictures(folder: str | Path, prompt: str, limit: int | None = None) ->
     if not folder.exists():
         return [], []
     names = _names_of_pictures(folder, "--class_data_dir")
-    pictures, problems = _usable(((name, folder / name, prompt) for name in names), limit)
+    wanted = len(names) if limit is None else min(limit, len(names))
+    pictures, problems = _usable(((name, folder / name, prompt) for name in names), wanted)
     if problems:
         _require_some(pictures, problems, f"--class_data_dir {folder}")
     return pictures, problems
@@ -220,7 +222,7 @@ def pictures_of_dataset(
         (cell.name(), cell, _caption(caption, f"--caption_column {caption_column}") or instance_prompt)
         for cell, caption in zip(cells, captions, strict=True)
     )
-    pictures, problems = _usable(candidates)
+    pictures, problems = _usable(candidates, len(table))
     _require_some(pictures, problems, f"--dataset_name {name}")
     _require_captions(pictures, "give --instance_prompt, or --caption_column with the name of the caption column")
     if caption_column is None and "text" in columns:
@@ -331,24 +333,32 @@ def _name_inside(folder: Path, file_name: str, where: str) -> str:
     return relative.as_posix()
 
 
-def _usable(
-    candidates: Iterable[tuple[str, Source | DatasetCell, str | None]], limit: int | None = None
-) -> tuple[list[Picture], list[str]]:
-    """The first `limit` candidates (name, source, caption) that decode, and what is wrong with those that do
+_Candidate = tuple[str, Source | DatasetCell, str | None]
+
+
+def _usable(candidates: Iterable[_Candidate], wanted: int) -> tuple[list[Picture], list[str]]:
+    """The first `wanted` candidates (name, source, caption) that decode, and what is wrong with those that do
     not.
 
     A missing caption becomes "".
     """
     pictures: list[Picture] = []
     problems: list[str] = []
-    for name, source, caption in candidates:
-        if limit is not None and len(pictures) >= limit:
-            break
-        try:
-            pictures.append(Picture.read(name, source, (caption or "").strip()))
-        except UserError as error:
-            problems.append(f"left out: {error}")
+    candidates, seen = iter(candidates), -1
+    while len(pictures) < wanted and seen < len(pictures) + len(problems):
+        seen = len(pictures) + len(problems)
+        missing = wanted - len(pictures)
+        for found in read_each(_picture_or_problem, islice(candidates, missing), "reading pictures", missing):
+            (problems if isinstance(found, str) else pictures).append(found)
     return pictures, problems
+
+
+def _picture_or_problem(candidate: _Candidate) -> Picture | str:
+    name, source, caption = candidate
+    try:
+        return Picture.read(name, source, (caption or "").strip())
+    except UserError as error:
+        return f"left out: {error}"
 
 
 def _require_some(pictures: list[Picture], problems: list[str], place: str) -> None:

@@ -1,0 +1,1 @@
+"""How start-up, memory and a step grow with the number of pictures."""
