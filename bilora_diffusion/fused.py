@@ -29,8 +29,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Perturbation(Protocol):
     """N, added to the weight of one layer in each of its passes."""
 
-    def on(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """W0 + N, (out, in) in the given precision; the same at each call."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W0 + N)^T + b, (rows, in) -> (rows, out) in the precision of x; the same N at each call."""
+        ...
+
+    def backward(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """g (W0 + N), (rows, out) -> (rows, in), with the same N."""
         ...
 
     def product(self, x: Tensor) -> Tensor:
@@ -133,7 +137,10 @@ class _Stacked(torch.autograd.Function):
         down, up = _join(A, 0).to(x.dtype), _join(B, 1).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ down.mT
-        y = nn.functional.linear(rows, _perturbed(weight, perturbation, x.dtype), bias)
+        if perturbation is None:
+            y = nn.functional.linear(rows, weight.to(x.dtype), bias)
+        else:
+            y = perturbation.linear(rows, weight, bias)
         y.addmm_(h, up.mT, alpha=scale)
         ctx.save_for_backward(rows, h, weight, down, up)
         ctx.perturbation, ctx.scale, ctx.scales, ctx.shape = perturbation, scale, scales, x.shape
@@ -153,7 +160,9 @@ class _Stacked(torch.autograd.Function):
             if ctx.scale != 1:
                 gh *= ctx.scale
             if of_x:
-                gx = (g @ _perturbed(weight, ctx.perturbation, g.dtype)).addmm_(gh, down).view(ctx.shape)
+                noise = ctx.perturbation
+                gx = g @ weight.to(g.dtype) if noise is None else noise.backward(g, weight)
+                gx = gx.addmm_(gh, down).view(ctx.shape)
             if any(of_A):
                 gA = (gh.mT @ rows).to(ctx.dtype).split(ctx.ranks)
         if any(of_B):
@@ -163,10 +172,6 @@ class _Stacked(torch.autograd.Function):
             ]
         wanted = (one if needed else None for one, needed in zip((*gA, *gB), (*of_A, *of_B), strict=True))
         return gx, None, None, None, None, *wanted
-
-
-def _perturbed(weight: Tensor, perturbation: Perturbation | None, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if perturbation is None else perturbation.on(weight, dtype)
 
 
 def _join(tensors: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
