@@ -76,7 +76,8 @@ class _LayerNoise:
     def __init__(self, layer: BaseTunerLayer, deviation: Tensor, seed: int) -> None:
         self.layer = layer
         self.deviation = deviation
-        self.seed = torch.tensor(seed)  # on the host. A tensor, as --compile takes a new number for a new program
+        self.seed = seed
+        self.traced_seed = torch.tensor(seed)  # on the host; --compile takes another number for another program
         self.kernel = _kernel(layer)
 
     def put_on(self) -> Callable[[], object]:
@@ -93,19 +94,24 @@ class _LayerNoise:
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """x (W0 + N)^T + b, (rows, in) -> (rows, out); without a weight x N^T alone."""
-        return _product()(x, weight, bias, self.deviation, self.seed, self.kernel[0], False)
+        return self._product(x, weight, bias, transposed=False)
 
     def backward(self, gradient: Tensor, weight: Tensor | None) -> Tensor:
         """g (W0 + N), (rows, out) -> (rows, in); without a weight g N alone."""
-        return _product()(gradient, weight, None, self.deviation, self.seed, self.kernel[0], True)
+        return self._product(gradient, weight, None, transposed=True)
+
+    def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, transposed: bool) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _opaque_product(x, weight, bias, self.deviation, self.traced_seed, self.kernel[0], transposed)
+        return _perturbed_product(x, weight, bias, self.deviation, self.seed, self.kernel[0], transposed)
 
     def product(self, x: Tensor) -> Tensor:
         """x N^T, or the convolution of x with N."""
         return _NoiseProduct.apply(x, self)
 
 
-def _draw(deviation: Tensor, seed: Tensor, inputs: int) -> Tensor:
-    random = torch.Generator(deviation.device).manual_seed(seed.item())
+def _draw(deviation: Tensor, seed: int, inputs: int) -> Tensor:
+    random = torch.Generator(deviation.device).manual_seed(seed)
     drawn = torch.randn(len(deviation), inputs, generator=random, device=deviation.device)
     return drawn.mul_(deviation[:, None])
 
@@ -115,7 +121,7 @@ def _perturbed_product(
     weight: Tensor | None,
     bias: Tensor | None,
     deviation: Tensor,
-    seed: Tensor,
+    seed: int,
     inputs: int,
     transposed: bool,
 ) -> Tensor:
@@ -126,17 +132,31 @@ def _perturbed_product(
         return x @ perturbed if transposed else linear(x, perturbed, None if bias is None else bias.to(x.dtype))
 
 
-# For --compile: generators cannot be traced, and traced, N would be kept for the backward pass and not drawn again.
-_opaque_product = torch.library.custom_op("bilora_diffusion::perturbed_product", _perturbed_product, mutates_args=())
+@torch.library.custom_op("bilora_diffusion::perturbed_product", mutates_args=())
+def _opaque_product(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    deviation: Tensor,
+    seed: Tensor,
+    inputs: int,
+    transposed: bool,
+) -> Tensor:
+    """`_perturbed_product` for --compile, which cannot trace generators, and would keep N for the backward pass."""
+    return _perturbed_product(x, weight, bias, deviation, int(seed), inputs, transposed)
 
 
 @_opaque_product.register_fake
-def _(x, weight, bias, deviation, seed, inputs, transposed):
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    deviation: Tensor,
+    seed: Tensor,
+    inputs: int,
+    transposed: bool,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], inputs if transposed else len(deviation))
-
-
-def _product() -> Callable[..., Tensor]:
-    return _opaque_product if torch.compiler.is_compiling() else _perturbed_product
 
 
 class _NoiseProduct(torch.autograd.Function):
