@@ -24,6 +24,7 @@ from bilora_diffusion.base_precision import FLOATS, store_base
 from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
 from bilora_diffusion.batches import BatchMaker, TrainingMicroBatch
+from bilora_diffusion.compilation import compile_blocks
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.buckets import make_buckets
 from bilora_diffusion.data.captions import CaptionRule, check_shuffling
@@ -215,6 +216,8 @@ def assemble(
     named = {part: parameters_of(model, PRIMARY) for part, model in models.items()}
     primary = {part: list(parameters.values()) for part, parameters in named.items()}
     _check_parameters(models, primary, method)
+    if config.compile:
+        compile_blocks(models.values(), shapes_vary=config.use_aspect_ratio_buckets)
     optimizer = build_optimizer(config, named, rates)
     schedulers = [
         get_scheduler(

@@ -674,6 +674,13 @@ class TrainingConfig:
         origin="bilora",
     )
     allow_tf32: bool = flag(False, "allow TF32 matrix products: faster on Ampere and newer", group=MACHINE)
+    compile: bool = flag(
+        False,
+        "compile the transformer blocks with torch.compile, which takes a minute or more at the start "
+        "(docs/methods.md)",
+        group=MACHINE,
+        origin="bilora",
+    )
     enable_xformers_memory_efficient_attention: bool = flag(
         False, "attention of xFormers in place of PyTorch's own", group=MACHINE
     )

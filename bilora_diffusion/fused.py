@@ -31,8 +31,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Perturbation(Protocol):
     """N, added to the weight of one layer in each of its passes."""
 
-    def on(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """W0 + N, (out, in) in the given precision; the same at each call."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W0 + N)^T + b, (rows, in) -> (rows, out) in the precision of x; the same N at each call."""
+        ...
+
+    def backward(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """g (W0 + N), (rows, out) -> (rows, in), with the same N."""
         ...
 
     def product(self, x: Tensor) -> Tensor:
@@ -131,7 +135,10 @@ class _Stacked(torch.autograd.Function):
         down, up = _join(A, 0).to(x.dtype), _join(B, 1).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ down.mT
-        y = nn.functional.linear(rows, _perturbed(weight, perturbation, x.dtype), bias)
+        if perturbation is None:
+            y = nn.functional.linear(rows, _whole(weight, x.dtype), bias)
+        else:
+            y = perturbation.linear(rows, _unrounded(weight, x.dtype), bias)
         y.addmm_(h, up.mT, alpha=scale)
         is_stored = not isinstance(weight, Tensor)
         ctx.save_for_backward(rows, h, None if is_stored else weight, down, up)
@@ -154,7 +161,11 @@ class _Stacked(torch.autograd.Function):
             if ctx.scale != 1:
                 gh *= ctx.scale
             if of_x:
-                gx = (g @ _perturbed(weight, ctx.perturbation, g.dtype)).addmm_(gh, down).view(ctx.shape)
+                if ctx.perturbation is None:
+                    gx = g @ _whole(weight, g.dtype)
+                else:
+                    gx = ctx.perturbation.backward(g, _unrounded(weight, g.dtype))
+                gx = gx.addmm_(gh, down).view(ctx.shape)
             if any(of_A):
                 gA = (gh.mT @ rows).to(ctx.dtype).split(ctx.ranks)
         if any(of_B):
@@ -166,10 +177,12 @@ class _Stacked(torch.autograd.Function):
         return gx, None, None, None, None, *wanted
 
 
-def _perturbed(weight: Tensor | StoredWeight, perturbation: Perturbation | None, dtype: torch.dtype) -> Tensor:
-    if not isinstance(weight, Tensor):
-        weight = weight.restored(dtype)
-    return weight.to(dtype) if perturbation is None else perturbation.on(weight, dtype)
+def _whole(weight: Tensor | StoredWeight, dtype: torch.dtype) -> Tensor:
+    return _unrounded(weight, dtype).to(dtype)
+
+
+def _unrounded(weight: Tensor | StoredWeight, dtype: torch.dtype) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.restored(dtype)
 
 
 def _join(tensors: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.methods.interface import Method
 
 __all__ = ["ARITHMETIC_NOISE", "LossGap", "float32_computation", "measure_loss_gap", "no_dropout"]
@@ -51,7 +52,7 @@ def measure_loss_gap(models: Iterable[nn.Module], method: Method, micro_batches:
     """
     models = list(models)
     twins = [micro_batch.in_float32() for micro_batch in micro_batches]
-    with no_dropout(models):
+    with uncompiled(), no_dropout(models):
         # Found as the step finds it. A backward pass in `float32_computation` would meet weights put back by then.
         with method.perturbed(micro_batches), float32_computation(models):
             perturbed = torch.stack([twin.loss() for twin in twins]).mean()
@@ -82,7 +83,8 @@ def float32_computation(models: Iterable[nn.Module]) -> Iterator[None]:
     """
     handles = []
     stored: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    # Only what is on: said once, even "off" is another setting to torch.compile, which would make all programs anew.
+    in_tf32 = [backend for backend in (torch.backends.cuda.matmul, torch.backends.cudnn) if backend.allow_tf32]
 
     def own(module: nn.Module) -> Iterator[torch.Tensor]:
         yield from module.parameters(recurse=False)
@@ -100,7 +102,8 @@ def float32_computation(models: Iterable[nn.Module]) -> Iterator[None]:
             tensor.data = data
 
     try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        for backend in in_tf32:
+            backend.allow_tf32 = False
         for model in models:
             for module in model.modules():
                 if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in own(module)):
@@ -112,4 +115,5 @@ def float32_computation(models: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
         for module in list(stored):
             restore(module)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        for backend in in_tf32:
+            backend.allow_tf32 = True

@@ -28,6 +28,7 @@ from bilora_diffusion.checkpoint import (
     restore_adapters,
     save_checkpoint,
 )
+from bilora_diffusion.compilation import CompilerError, check_compiler, reason, uncompiled
 from bilora_diffusion.config import BALL_METHODS, TrainingConfig, show, to_yaml
 from bilora_diffusion.data.dreambooth import DrawBatches, Row, flatten
 from bilora_diffusion.errors import UserError
@@ -74,6 +75,11 @@ def train(config: TrainingConfig) -> Outcome:
             "the GPU's memory is too small for this run: try --gradient_checkpointing, --mixed_precision bf16, a "
             "smaller --train_batch_size (with more --gradient_accumulation_steps) or a smaller --resolution"
         ) from error
+    except CompilerError as error:
+        raise UserError(
+            f"--compile: torch.compile failed ({reason(error)}): leave --compile out; --resume_from_checkpoint latest "
+            "goes on without it where there is a checkpoint"
+        ) from error
     except OSError as error:  # from a library that writes: a tracker, a cache
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -95,7 +101,7 @@ def _train(config: TrainingConfig) -> Outcome:
     )
     _set_up_logging(machine)
     if machine.is_main:
-        for warning in config.warnings():
+        for warning in config.warnings() + _launcher_warnings():
             logger.warning(warning)
         if config.offload_base and not machine.has_own_memory:
             logger.warning("--offload_base has no effect here: the computation uses the computer's memory anyway")
@@ -107,6 +113,9 @@ def _train(config: TrainingConfig) -> Outcome:
         for warning in warnings:
             logger.warning(warning)
     seed = _seed(config, checkpoint)
+    if config.compile:
+        check_compiler(machine.device)
+        logger.info("--compile: the first steps take much longer than those that follow")
     estimated_bytes = check_memory(config, machine.device, machine.dtype) if machine.is_main else None
     steps_per_epoch = 0
 
@@ -134,7 +143,8 @@ def _train(config: TrainingConfig) -> Outcome:
         run = Run(resolved, machine, accelerator, parts, folder, progress, steps, steps_per_epoch)
         interrupted = run.fit()
         folder.state("finishing", progress.step, steps, now=True)
-        summary = finish(resolved, machine, accelerator, parts, folder, progress, started, interrupted)
+        with uncompiled():
+            summary = finish(resolved, machine, accelerator, parts, folder, progress, started, interrupted)
         folder.state("interrupted" if interrupted else "finished", progress.step, steps, now=True)
     except BaseException as error:
         if not machine.is_main and isinstance(error, UserError):
@@ -432,6 +442,14 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     )
     # Autocast and fp16's loss scale are the trainer's own: both adapters must share one scale.
     return Accelerator(mixed_precision="no", log_with=log_with, project_config=project)
+
+
+def _launcher_warnings() -> list[str]:
+    """What accelerate was told that nothing here listens to."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend == "no":
+        return []
+    return [f"accelerate's --dynamo_backend {backend} has no effect: the trainer's own flag is --compile"]
 
 
 def _set_up_logging(machine: Machine) -> None:

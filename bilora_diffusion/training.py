@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bilora_diffusion.adapters import auxiliary_off
 from bilora_diffusion.base_prediction import hold_to_base
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
+from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.diffusion import Objective
 from bilora_diffusion.methods import Method
 from bilora_diffusion.processes import average_gradients, process_number
@@ -128,7 +129,7 @@ class Trainer:
     @contextmanager
     def as_exported(self) -> Iterator[None]:
         """Inside, the models are what the written files hold: no perturbation, the primary's average if one is kept."""
-        with auxiliary_off(self.models.values()):
+        with auxiliary_off(self.models.values()), uncompiled():
             if self.average is None:
                 yield
                 return

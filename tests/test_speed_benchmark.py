@@ -71,6 +71,9 @@ def test_every_method_and_both_stock_recipes_are_measured():
     names = [one.name for one in specifications()]
     assert set(METHOD_NAMES) | {"stock", "stock, latents kept"} <= set(names) and len(set(names)) == len(names)
     assert [one.name for one in specifications(["nbar"])] == [BASELINE, "nbar"]
+    compiled = list(specifications(["bilora", "stock"], compiled=True))
+    assert [one.name for one in compiled] == [BASELINE, "bilora", "stock", "lora, compiled", "bilora, compiled"]
+    assert [one.flags.get("compile", False) for one in compiled] == [False, False, False, True, True]
     with pytest.raises(UserError, match="--only nothing: there is 'lora', 'bilora'"):
         list(specifications(["nothing"]))
 

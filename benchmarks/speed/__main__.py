@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 "--model sdxl needs a CUDA GPU, and none is visible: --model medium measures the ratios on a CPU"
             )
-        wanted = list(specifications(arguments.only))
+        wanted = list(specifications(arguments.only, compiled=arguments.compile))
     except UserError as error:
         error.tell()
         sys.exit(2)
@@ -107,6 +107,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels, a multiple of 32")
     parser.add_argument("--precision", choices=("no", "bf16"), help="unset: bf16 on a GPU, no on a CPU")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    parser.add_argument("--compile", action="store_true", help="each method also with the trainer's --compile")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results are written")
     parser.add_argument("--quiet", action="store_true")

@@ -78,8 +78,8 @@ class Specification:
     build: Callable[[Setting], Contender] = field(repr=False)
 
 
-def specifications(names: Sequence[str] | None = None) -> Iterator[Specification]:
-    """All of them, or those of some names and the baseline."""
+def specifications(names: Sequence[str] | None = None, *, compiled: bool = False) -> Iterator[Specification]:
+    """All of them, or those of some names and the baseline; each method also compiled, if asked for."""
     everything = [_own(BASELINE)]
     everything += [_own(method) for method in METHOD_NAMES if method != BASELINE]
     everything += [_own(method, fused=False) for method in (BASELINE, "bilora")]
@@ -91,14 +91,19 @@ def specifications(names: Sequence[str] | None = None) -> Iterator[Specification
     if unknown:
         known = ", ".join(f"'{one.name}'" for one in everything)
         raise UserError(f"--only {', '.join(sorted(unknown))}: there is {known}")
-    yield from (one for one in everything if not names or one.name in names or one.name == BASELINE)
+    chosen = [one for one in everything if not names or one.name in names or one.name == BASELINE]
+    yield from chosen
+    if compiled:
+        yield from (_own(one.name, compiled=True) for one in chosen if one.name in METHOD_NAMES)
 
 
-def _own(method: str, *, fused: bool = True) -> Specification:
-    flags = {"method": method}
+def _own(method: str, *, fused: bool = True, compiled: bool = False) -> Specification:
+    flags: dict[str, Any] = {"method": method}
     if method in ("flat-lora", "rwp-full"):
         flags["sigma_schedule"] = "constant"  # the ramp begins at no noise, which costs nothing
-    name = method if fused else f"{method}, peft's forward"
+    if compiled:
+        flags["compile"] = True
+    name = f"{method}, compiled" if compiled else method if fused else f"{method}, peft's forward"
     return Specification(name, flags | {"fused": fused}, lambda setting: Own(setting, flags, fused))
 
 

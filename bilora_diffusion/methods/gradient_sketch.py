@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import adapted_layers, wide_dtype
+from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.processes import average, process_count, process_number
 from bilora_diffusion.randomness import stream_seed
 
@@ -49,11 +50,15 @@ class GradientSketch:
 
     @contextmanager
     def collecting(self, step: int) -> Iterator[None]:
-        """Inside, backward passes leave sketches of the gradients at the weights that the passes are taken at."""
+        """Inside, backward passes leave sketches of the gradients at the weights that the passes are taken at.
+
+        What is compiled computes as it is written meanwhile: hooks are no part of its programs.
+        """
         self._found = {name: [] for name, _ in self.layers}
         handles = [layer.register_forward_hook(self._tap(name, layer, step)) for name, layer in self.layers]
         try:
-            yield
+            with uncompiled():
+                yield
         finally:
             for handle in handles:
                 handle.remove()

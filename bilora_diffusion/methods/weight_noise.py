@@ -77,6 +77,8 @@ class _LayerNoise:
         self.layer = layer
         self.deviation = deviation
         self.seed = seed
+        self.traced_seed = torch.tensor(seed)  # on the host; --compile takes another number for another program
+        self.kernel = _kernel(layer)
 
     def put_on(self) -> Callable[[], object]:
         """Lets the layer compute with it; returns what takes it off."""
@@ -88,18 +90,73 @@ class _LayerNoise:
 
     def draw(self) -> Tensor:
         """N as (out, in) or (out, in, k, k), float32."""
-        device, count = self.deviation.device, len(self.deviation)
-        random = torch.Generator(device).manual_seed(self.seed)
-        drawn = torch.randn(count, _inputs(self.layer), generator=random, device=device)
-        return drawn.mul_(self.deviation[:, None]).reshape(count, *_kernel(self.layer))
+        return _draw(self.deviation, self.seed, math.prod(self.kernel)).reshape(-1, *self.kernel)
 
-    def on(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """W0 + N; rounded once, after the sum."""
-        return (weight + self.draw()).to(dtype)
+    def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """x (W0 + N)^T + b, (rows, in) -> (rows, out); without a weight x N^T alone."""
+        return self._product(x, weight, bias, transposed=False)
+
+    def backward(self, gradient: Tensor, weight: Tensor | None) -> Tensor:
+        """g (W0 + N), (rows, out) -> (rows, in); without a weight g N alone."""
+        return self._product(gradient, weight, None, transposed=True)
+
+    def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, transposed: bool) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _opaque_product(x, weight, bias, self.deviation, self.traced_seed, self.kernel[0], transposed)
+        return _perturbed_product(x, weight, bias, self.deviation, self.seed, self.kernel[0], transposed)
 
     def product(self, x: Tensor) -> Tensor:
         """x N^T, or the convolution of x with N."""
         return _NoiseProduct.apply(x, self)
+
+
+def _draw(deviation: Tensor, seed: int, inputs: int) -> Tensor:
+    random = torch.Generator(deviation.device).manual_seed(seed)
+    drawn = torch.randn(len(deviation), inputs, generator=random, device=deviation.device)
+    return drawn.mul_(deviation[:, None])
+
+
+def _perturbed_product(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    deviation: Tensor,
+    seed: int,
+    inputs: int,
+    transposed: bool,
+) -> Tensor:
+    """The sum W0 + N is rounded once."""
+    drawn = _draw(deviation, seed, inputs)
+    perturbed = (drawn if weight is None else weight + drawn).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ perturbed if transposed else linear(x, perturbed, None if bias is None else bias.to(x.dtype))
+
+
+@torch.library.custom_op("bilora_diffusion::perturbed_product", mutates_args=())
+def _opaque_product(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    deviation: Tensor,
+    seed: Tensor,
+    inputs: int,
+    transposed: bool,
+) -> Tensor:
+    """`_perturbed_product` for --compile, which cannot trace generators, and would keep N for the backward pass."""
+    return _perturbed_product(x, weight, bias, deviation, int(seed), inputs, transposed)
+
+
+@_opaque_product.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    deviation: Tensor,
+    seed: Tensor,
+    inputs: int,
+    transposed: bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], inputs if transposed else len(deviation))
 
 
 class _NoiseProduct(torch.autograd.Function):
@@ -108,19 +165,19 @@ class _NoiseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, noise: _LayerNoise) -> Tensor:
         ctx.noise, ctx.shape = noise, x.shape
+        if len(noise.kernel) == 1:
+            return noise.linear(x, None, None)
         with torch.autocast(x.device.type, enabled=False):
-            drawn = noise.draw().to(x.dtype)
-            if drawn.ndim == 2:
-                return linear(x, drawn)
-            return conv2d(x, drawn, None, *_geometry(noise.layer))
+            return conv2d(x, noise.draw().to(x.dtype), None, *_geometry(noise.layer))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        noise = ctx.noise
+        if len(noise.kernel) == 1:
+            return noise.backward(gradient, None), None
+        drawn = noise.draw().to(gradient.dtype)
         with torch.autocast(gradient.device.type, enabled=False):
-            drawn = ctx.noise.draw().to(gradient.dtype)
-            if drawn.ndim == 2:
-                return gradient @ drawn, None
-            return torch.nn.grad.conv2d_input(ctx.shape, drawn, gradient, *_geometry(ctx.noise.layer)), None
+            return torch.nn.grad.conv2d_input(ctx.shape, drawn, gradient, *_geometry(noise.layer)), None
 
 
 def _geometry(layer: BaseTunerLayer) -> tuple[Any, ...]:
