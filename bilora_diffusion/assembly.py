@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, parameters_of
-from bilora_diffusion.base_precision import FLOATS, store_base
+from bilora_diffusion.base_precision import precisions, store_base
 from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
 from bilora_diffusion.batches import BatchMaker, TrainingMicroBatch
@@ -155,7 +155,8 @@ def assemble(
     prior_prompt = config.class_prompt if config.prior_from_base else None
     initial = read_lora(config.init_lora_from, base) if config.init_lora_from and not resumed else None
     trains_text = config.train_text_encoder
-    text = base.load(*TEXT_ENCODERS, dtype=_base_dtype(config, machine) if trains_text else machine.dtype)
+    read_as, _ = precisions(config.base_precision, machine.dtype)
+    text = base.load(*TEXT_ENCODERS, dtype=read_as if trains_text else machine.dtype)
     encoders = [getattr(text, part).requires_grad_(False) for part in TEXT_ENCODERS]
     for part, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
         if trains_text:
@@ -413,20 +414,15 @@ def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: Drea
     return latents
 
 
-def _base_dtype(config: TrainingConfig, machine: Machine) -> torch.dtype:
-    """In which the frozen base is read, and kept but for what `_place` stores in another way."""
-    return torch.float32 if config.base_precision == "fp32" else machine.dtype
-
-
 def _place(config: TrainingConfig, machine: Machine, part: str, model: nn.Module) -> None:
-    as_it_is = FLOATS.get(config.base_precision) == machine.dtype
-    precision = None if as_it_is else config.base_precision
+    _, stored = precisions(config.base_precision, machine.dtype)
     offload = config.offload_base and machine.has_own_memory
-    store_base(part, model, precision, machine.device, offload=offload)
+    store_base(part, model, stored, machine.device, offload=offload)
 
 
 def _load_unet(config: TrainingConfig, machine: Machine, base: Base) -> nn.Module:
-    unet = base.load("unet", dtype=_base_dtype(config, machine)).unet.requires_grad_(False)
+    read_as, _ = precisions(config.base_precision, machine.dtype)
+    unet = base.load("unet", dtype=read_as).unet.requires_grad_(False)
     _place(config, machine, UNET, unet)
     if config.enable_xformers_memory_efficient_attention:
         try:

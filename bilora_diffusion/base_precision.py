@@ -19,7 +19,7 @@ from bilora_diffusion.adapters import UNET
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.stored_linear import StoredLinear, StoredWeight
 
-__all__ = ["FLOATS", "QUANTISED", "store_base"]
+__all__ = ["FLOATS", "QUANTISED", "precisions", "replace_weights", "store_base"]
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISED = ("nf4", "int8", "fp8")
@@ -39,13 +39,26 @@ def store_base(part: str, model: nn.Module, precision: str | None, device: torch
     Raises:
         UserError: a package for the precision is missing or does not work on this machine.
     """
-    names = [] if precision is None and not offload else _names(part, model)
-    for name in names:
-        layer = model.get_submodule(name)
-        dtype = layer.weight.dtype
-        stored = _store(layer.weight.detach().to(device), precision, offload)
-        model.set_submodule(name, StoredLinear(layer, stored, dtype))
+    if precision is not None or offload:
+        replace_weights(part, model, lambda weight: _store(weight.detach().to(device), precision, offload))
     model.to(device)
+
+
+def replace_weights(part: str, model: nn.Module, store: Callable[[Tensor], StoredWeight]) -> None:
+    """Puts a `StoredLinear` in the place of every linear layer of the blocks."""
+    for name in _names(part, model):
+        layer = model.get_submodule(name)
+        model.set_submodule(name, StoredLinear(layer, store(layer.weight), layer.weight.dtype))
+
+
+def precisions(base_precision: str | None, compute_dtype: torch.dtype) -> tuple[torch.dtype, str | None]:
+    """What --base_precision means beside the precision of the computation.
+
+    Returns:
+        (in which the base is read and its other layers kept, that of its stored layers or None for the same).
+    """
+    read = torch.float32 if base_precision == "fp32" else compute_dtype
+    return read, None if FLOATS.get(base_precision) == compute_dtype else base_precision
 
 
 def _names(part: str, model: nn.Module) -> list[str]:

@@ -37,8 +37,8 @@ logger = logging.getLogger("bilora_diffusion")
 
 FINAL_PICTURES = "final"
 ADVICE = (
-    "tip: which method is worth its cost was measured (docs/methods.md): stopping in time is worth more than any of "
-    "them; where nothing can be held out, --method nbar overfits less at no cost"
+    "tip: what the methods are worth was measured on a small base (docs/methods.md): hold pictures out and stop in "
+    "time; where that cannot be done, --method bilora-echo overfitted least, in one pass a step"
 )
 """What `benchmarks/results/quality.md` says."""
 

@@ -395,10 +395,12 @@ def _seed(config: TrainingConfig, checkpoint: tuple[Path, Checkpoint] | None) ->
 
 
 def _gap_interval(config: TrainingConfig, steps: int) -> int:
-    """Every how many steps the loss gap is measured; 0 = never."""
-    if config.loss_gap_steps is not None:
-        return config.loss_gap_steps
-    return max(1, min(200, steps // 10))
+    """Every how many steps the loss gap is measured; 0 = never.
+
+    A whole number of draws: bilora-echo perturbs the later steps of each.
+    """
+    interval = max(1, min(200, steps // 10)) if config.loss_gap_steps is None else config.loss_gap_steps
+    return -(-interval // config.shown_in_a_row) * config.shown_in_a_row
 
 
 def _resolved(config: TrainingConfig, parts: Parts, *, seed: int, steps: int, precision: str) -> TrainingConfig:

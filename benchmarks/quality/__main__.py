@@ -32,7 +32,7 @@ STACKING = RESULTS.parent / "stacking.json"
 SPEED = RESULTS.parent / "speed_medium_cpu.json"
 CHOOSING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
-ASCENTS = ("lora", "bilora", "bilora-fresh", "lora-sam", "looksam", "s2-sam", "eflat-lora")
+ASCENTS = ("lora", "bilora", "bilora-echo", "bilora-fresh", "lora-sam", "looksam", "s2-sam", "eflat-lora")
 """Those whose perturbation is a change of the factors, and LoRA for the directions that any method could have."""
 
 

@@ -32,12 +32,15 @@ def chosen(folder: Path) -> dict[str, Configuration]:
         if run["seed"] != CHOOSING_SEED:
             continue
         loss = run["evaluations"][best_step(run)]["validation"]
-        if run["method"] not in best or loss < best[run["method"]][0]:
-            best[run["method"]] = (
-                loss,
-                Configuration(run["method"], run["learning_rate"], run["settings"]),
-            )
+        if kind(run) not in best or loss < best[kind(run)][0]:
+            best[kind(run)] = (loss, Configuration(run["method"], run["learning_rate"], run["settings"]))
     return {method: configuration for method, (_, configuration) in best.items()}
+
+
+def kind(run: Mapping[str, Any]) -> str:
+    """The method, and the draws where they are not a method's own: a control has a row to itself."""
+    repeats = run["settings"].get("steps_per_draw", 1)
+    return run["method"] if repeats == 1 else f"{run['method']}, {repeats} steps a draw"
 
 
 def report(folder: Path, rises: Path | None = None, stacking: Path | None = None, speed: Path | None = None) -> str:
@@ -113,7 +116,7 @@ def _candidates(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration
         step = best_step(run)
         losses = last(run) | {"validation": run["evaluations"][step]["validation"]}
         gap = f"{statistics.fmean(run['loss_gaps']):+.4f}" if run["loss_gaps"] else ""
-        name = f"**{run['key']}**" if best[run["method"]].key == run["key"] else run["key"]
+        name = f"**{run['key']}**" if best[kind(run)].key == run["key"] else run["key"]
         cells = [f"{losses[kind]:.4f}" for kind in ("validation", "test", "training", "flat")]
         lines.append("| " + " | ".join([name, str(step), *cells, gap]) + " |")
     return lines
@@ -171,7 +174,7 @@ GENERAL_DIRECTIONS = {
 def _measured(
     some: Sequence[dict[str, Any]], best: Mapping[str, Configuration], ratios: Mapping[str, float]
 ) -> list[str]:
-    by = {(run["method"], run["seed"]): run for run in some if run["key"] == best[run["method"]].key}
+    by = {(kind(run), run["seed"]): run for run in some if run["key"] == best[kind(run)].key}
     seeds = sorted(seed for method, seed in by if method == "lora")
     pairs = {
         method: [(by[method, seed], by["lora", seed]) for seed in seeds if (method, seed) in by]

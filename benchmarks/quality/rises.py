@@ -74,11 +74,13 @@ def rises(laboratory: Laboratory, configuration: Configuration, seed: int) -> di
     parts = laboratory.assembled(configuration, seed)
     found: dict[str, Any] = {"configuration": str(configuration), "seed": seed, "shares": list(SHARES), "seen": {}}
     previous: list[Tensor] = []
-    for step in range(max(SEEN_AT) + 1):
+    repeats = parts.dataset.steps_per_draw
+    seen_at = [step + (-step - 1) % repeats for step in SEEN_AT]  # the last step on its rows
+    for step in range(max(seen_at) + 1):
         micro_batches = laboratory.drawn(parts, step)
-        if step + 1 in SEEN_AT:
+        if step + 1 in seen_at:
             previous = _gradient(parts.models, micro_batches)
-        if step in SEEN_AT:
+        if step in seen_at:
             found["seen"][step] = _look(parts, micro_batches, previous, seed + step)
         parts.trainer.training_step(micro_batches, step)
     return found

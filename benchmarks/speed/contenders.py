@@ -133,7 +133,7 @@ class Own:
         if not fused:
             unfuse(self.unet)
         self.batch = setting.batch
-        self.cycle = config.looksam_every if config.method == "looksam" else 1
+        self.cycle = config.looksam_every if config.method == "looksam" else config.shown_in_a_row
 
     def step(self, number: int) -> float:
         rows = flatten([self.parts.dataset[number * self.batch + place] for place in range(self.batch)])

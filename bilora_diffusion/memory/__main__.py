@@ -82,7 +82,7 @@ def _verdict(config: TrainingConfig, dtype: "torch.dtype", found: "Estimate", us
     fits = bool(ways) and ways[-1][1].card <= usable
     if not ways:
         return "too small"
-    flags = " ".join(flag for flag, _ in ways)
+    flags = " ".join({flag.split()[0]: flag for flag, _ in ways}.values())  # the last of two that say one thing
     return f"too small; with {flags}: {in_gb(ways[-1][1].card)} GB, {'fits' if fits else 'still too small'}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bilora_diffusion.base_precision import QUANTISED
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.memory.estimate import GB, Estimate, estimate
@@ -88,8 +89,14 @@ def _savings(config: TrainingConfig, dtype: torch.dtype) -> Iterator[tuple[str, 
             f"--train_batch_size 1 --gradient_accumulation_steps {steps}",
             {"train_batch_size": 1, "gradient_accumulation_steps": steps},
         )
+    if config.base_precision not in QUANTISED:
+        yield "--base_precision int8", {"base_precision": "int8"}
     if config.train_text_encoder:
         yield "--no-train_text_encoder", {"train_text_encoder": False}
+    if config.base_precision != "nf4":
+        yield "--base_precision nf4", {"base_precision": "nf4"}
+    if not config.offload_base:
+        yield "--offload_base", {"offload_base": True}
     if config.resolution is None or config.resolution > SMALLER_PX:
         yield f"--resolution {SMALLER_PX}", {"resolution": SMALLER_PX}
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bilora_diffusion.adapters import UNET
+from bilora_diffusion.base_precision import precisions
 from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.bases.folder import BaseFolder
 from bilora_diffusion.bases.single_file import SDXL_CONFIG
@@ -23,7 +24,7 @@ from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.buckets import make_buckets
 from bilora_diffusion.data.images import SUFFIXES
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.memory.parts import TEXT_ENCODERS, build_part, frozen_bytes
+from bilora_diffusion.memory.parts import TEXT_ENCODERS, build_part, frozen_bytes, store
 from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic
 from bilora_diffusion.memory.step import simulate_step
 
@@ -110,14 +111,16 @@ class _Run:
     def __init__(self, config: TrainingConfig, dtype: torch.dtype, configurations: dict[str, dict[str, Any]]) -> None:
         self.config = config
         self.dtype = dtype
+        read_as, stored_as = precisions(config.base_precision, dtype)
+        self.trained = (UNET, *(TEXT_ENCODERS if config.train_text_encoder else ()))
+        dtypes = {"vae": torch.float32} | dict.fromkeys(self.trained, read_as)
         self.parts = {
-            part: build_part(part, content, torch.float32 if part == "vae" else dtype)
-            for part, content in configurations.items()
+            part: build_part(part, content, dtypes.get(part, dtype)) for part, content in configurations.items()
         }
-        self.frozen = {
-            part: frozen_bytes(model, *((4, 4) if part == "vae" else (dtype.itemsize, dtype.itemsize)))
-            for part, model in self.parts.items()
-        }
+        self.whole = {part: frozen_bytes(model) for part, model in self.parts.items()}
+        for part in self.trained:
+            store(part, self.parts[part], stored_as, offload=config.offload_base)
+        self.frozen = {part: frozen_bytes(model) for part, model in self.parts.items()}
         self.factor = 2 ** (len(self.parts["vae"].config.block_out_channels) - 1)
         self.size = self._size(configurations[UNET]["sample_size"] * self.factor)
 
@@ -128,7 +131,7 @@ class _Run:
         vae = {"VAE": frozen["vae"]}
         encoding = {"activations": self._without_gradients("vae", self._encode)}
         found = [*self._class_pictures(encoders | vae), Phase("picture encoding", stays | vae | encoding)]
-        trained = {part: self.parts[part] for part in (UNET, *(TEXT_ENCODERS if config.train_text_encoder else ()))}
+        trained = {part: self.parts[part] for part in self.trained}
         step = simulate_step(config, trained, (self.size[0] // self.factor, self.size[1] // self.factor), self.dtype)
         if self._crops_anew:
             stays = stays | vae
@@ -154,8 +157,11 @@ class _Run:
         if len(present) >= config.num_class_images:
             return []
         # The UNet's activations without gradients are less than the VAE's, which decodes in float32 at full size.
-        share = {"fp32": 4, "fp16": 2, "bf16": 2}.get(config.prior_generation_precision, 2) / self.dtype.itemsize
-        sizes = {"frozen UNet": self.frozen[UNET] * share, "text encoders": others["text encoders"] * share}
+        wanted = {"fp32": 4, "fp16": 2, "bf16": 2}.get(config.prior_generation_precision, 2)
+        sizes = {
+            "frozen UNet": self.whole[UNET] * wanted / self.parts[UNET].dtype.itemsize,
+            "text encoders": sum(self.whole[part] * wanted / self.parts[part].dtype.itemsize for part in TEXT_ENCODERS),
+        }
         decoding = {"VAE": others["VAE"], "activations": self._without_gradients("vae", self._decode)}
         return [Phase("class pictures", {name: round(size) for name, size in sizes.items()} | decoding)]
 

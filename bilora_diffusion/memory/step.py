@@ -17,6 +17,7 @@ from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic, rounded
+from bilora_diffusion.methods.gradient_sketch import OVERSAMPLING
 from bilora_diffusion.sdxl import Conditioning
 
 __all__ = ["StepMemory", "rows_in_batch", "simulate_step"]
@@ -84,7 +85,8 @@ def simulate_step(
         for parameter in trained:
             parameter.grad = None
         work = counter.peak - state
-    return StepMemory(state + _optimiser_bytes(config, primary), work + _noise_bytes(config, models, primary))
+    drawn = _noise_bytes(config, models, primary) + _sketch_bytes(config, models)
+    return StepMemory(state + _optimiser_bytes(config, primary), work + drawn)
 
 
 def _recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -133,6 +135,7 @@ def _micro_batch(
             weights=torch.empty(rows),
             instances=torch.empty(rows),
             base_predictions=torch.empty_like(latents) if config.prior_from_base else None,
+            is_repeat=config.method == "bilora-echo",  # the step with the auxiliary; `_sketch_bytes` has the other's
         )
     scheduler = EulerDiscreteScheduler.from_pretrained(SDXL_CONFIG / "scheduler")
     objective = build_objective(scheduler, edm=config.do_edm_style_training, snr_gamma=config.snr_gamma)
@@ -142,10 +145,13 @@ def _micro_batch(
 
 
 def _optimiser_bytes(config: TrainingConfig, primary: list[nn.Parameter]) -> int:
-    """AdamW's two moments, in 8 bits where asked for; Prodigy's four tensors; the moving average."""
+    """AdamW's two moments, in 8 bits where asked for; Prodigy's four tensors; Adafactor's rows and columns; the moving
+    average. Paged ones count whole."""
     entries = [parameter.numel() for parameter in primary]
     if config.optimizer == "prodigy":
         total = sum(4 * rounded(4 * count) for count in entries)
+    elif config.optimizer == "adafactor":
+        total = sum(rounded(4 * parameter.numel() // side) for parameter in primary for side in parameter.shape[:2])
     elif config.use_8bit_adam:
         total = sum(2 * rounded(count if count >= EIGHT_BIT_FROM else 4 * count) for count in entries)
     else:
@@ -153,6 +159,15 @@ def _optimiser_bytes(config: TrainingConfig, primary: list[nn.Parameter]) -> int
     if config.ema_decay is not None:
         total += sum(rounded(4 * count) for count in entries)
     return total
+
+
+def _sketch_bytes(config: TrainingConfig, models: Mapping[str, nn.Module]) -> int:
+    """Of bilora-echo's first steps: two thin matrices for each layer."""
+    if config.method != "bilora-echo":
+        return 0
+    columns = (config.auxiliary_rank or config.rank) + OVERSAMPLING
+    shapes = [layer.get_base_layer().weight.shape for model in models.values() for _, layer in adapted_layers(model)]
+    return sum(rounded(4 * columns * side) for shape in shapes for side in (shape[0], shape[1:].numel()))
 
 
 def _noise_bytes(config: TrainingConfig, models: Mapping[str, nn.Module], primary: list[nn.Parameter]) -> int:

@@ -29,12 +29,14 @@ from bilora_diffusion.methods.s2_sam import S2SAM
 from bilora_diffusion.methods.weight_noise import WeightNoise
 from bilora_diffusion.optimizers import has_fused_step
 
-__all__ = ["DEFAULT_RHO", "DEFAULT_SIGMA", "FRESH_SHARE", "build", "build_ascent"]
+__all__ = ["DEFAULT_RHO", "DEFAULT_SIGMA", "ECHO_SHARE", "FRESH_SHARE", "build", "build_ascent"]
 
 DEFAULT_RHO = 0.05
 """Of the methods that climb in the space of the factors, as in Bi-LoRA's comparison (arXiv 2508.19564, R.3)."""
 DEFAULT_SIGMA = 0.1
 """As Flat-LoRA's authors used on SDXL (arXiv 2409.14396, 4.4)."""
+ECHO_SHARE = 0.06
+"""Of `bilora-echo`: 1 % of ||W||_F on the embedded base, which the validation names of benchmarks.quality chose."""
 FRESH_SHARE = 0.03
 """Of `bilora-fresh`, in place of `SINGULAR_SHARE`: the primary cannot compensate a perturbation that is always new."""
 
@@ -214,7 +216,7 @@ def _bilora_fresh(setting: Setting) -> tuple[Method, Radius]:
 
 def _bilora_echo(setting: Setting) -> tuple[Method, Radius]:
     config = setting.config
-    layers, ball = _auxiliary(setting, FRESH_SHARE)
+    layers, ball = _auxiliary(setting, ECHO_SHARE)
     rank, steps = config.auxiliary_rank or config.rank, config.shown_in_a_row
     settings = {"rho": ball.rho, "auxiliary_rank": rank, "steps_per_draw": steps}
     if not layers:

@@ -22,7 +22,7 @@ from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.processes import average, process_count, process_number
 from bilora_diffusion.randomness import stream_seed
 
-__all__ = ["GradientSketch"]
+__all__ = ["OVERSAMPLING", "GradientSketch"]
 
 OVERSAMPLING = 4
 """Directions beside the r wanted; the usual number is 5 to 10, and 4 find what r = 4 is used for here."""
