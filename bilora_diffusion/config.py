@@ -260,8 +260,8 @@ class TrainingConfig:
     )
     loss_gap_steps: int | None = flag(
         None,
-        "every how many optimiser steps the loss gap L(perturbed) - L(clean) is measured; 0 = never; "
-        "unset: ten times a run, and every 200 steps in a long one",
+        "every how many optimiser steps the loss gap L(perturbed) - L(clean) is measured (bilora-echo: as a draw "
+        "ends); 0 = never; unset: ten times a run, and every 200 steps in a long one",
         group=METHOD,
         within=NOT_NEGATIVE,
         origin="bilora",
@@ -820,6 +820,12 @@ class TrainingConfig:
             )
 
     def _validate_rest(self) -> None:
+        stored = "--offload_base" if self.offload_base else f"--base_precision {self.base_precision}"
+        if self.compile and not self.gradient_checkpointing and (self.base_precision or self.offload_base):
+            raise UserError(
+                f"--compile with {stored} would keep the restored weights for the backward pass: add "
+                "--gradient_checkpointing, or leave one of them out"
+            )
         if self.do_edm_style_training and self.snr_gamma is not None:
             raise UserError("--snr_gamma cannot be used with --do_edm_style_training, which has its own weights")
         if self.report_to == "wandb" and self.hub_token is not None:

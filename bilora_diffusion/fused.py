@@ -13,7 +13,7 @@ factors stay peft's own parameters; only the layer's forward is another. benchma
 A perturbation of the weight costs no product either: the layer computes with W0 + N, which is made for each pass anew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from bilora_diffusion.stored_linear import StoredLinear, StoredWeight, compute_dtype
 
-__all__ = ["FusedLinear", "Perturbation", "fuse", "unfuse"]
+__all__ = ["FusedLinear", "Perturbation", "fuse", "tap", "unfuse"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,9 +53,12 @@ class FusedLinear(Linear):
 
     Attributes:
         perturbation: of the base's weight, None for none.
+        on_gradient: called in the backward pass with the input as rows (rows, in) and the gradient of the output (rows,
+            out), both as the products have them; None for none.
     """
 
     perturbation: Perturbation | None = None
+    on_gradient: Callable[[Tensor, Tensor], None] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out), in the precision that peft's forward gives."""
@@ -63,12 +66,13 @@ class FusedLinear(Linear):
         names = None if args or kwargs or dtype is None else self._stackable(x, dtype)
         if not names:
             y = super().forward(x, *args, **kwargs)
-            return y if self.perturbation is None else y + self.perturbation.product(x.to(y.dtype))
+            y = y if self.perturbation is None else y + self.perturbation.product(x.to(y.dtype))
+            return y if self.on_gradient is None else tap(x, y, self.on_gradient)
         A, B = ([factor[name].weight for name in names] for factor in (self.lora_A, self.lora_B))
         scales = [self.scaling[name] for name in names]
         base = self.base_layer
         weight = base.stored if isinstance(base, StoredLinear) else base.weight
-        return _Stacked.apply(x.to(dtype), weight, base.bias, self.perturbation, scales, *A, *B)
+        return _Stacked.apply(x.to(dtype), weight, base.bias, self.perturbation, self.on_gradient, scales, *A, *B)
 
     def _stackable(self, x: Tensor, dtype: torch.dtype) -> list[str] | None:
         """The adapters that add something, None where peft's own forward is needed."""
@@ -125,6 +129,7 @@ class _Stacked(torch.autograd.Function):
         weight: Tensor | StoredWeight,
         bias: Tensor | None,
         perturbation: Perturbation | None,
+        on_gradient: Callable[[Tensor, Tensor], None] | None,
         scales: list[float],
         *factors: Tensor,
     ) -> Tensor:
@@ -143,6 +148,7 @@ class _Stacked(torch.autograd.Function):
         is_stored = not isinstance(weight, Tensor)
         ctx.save_for_backward(rows, h, None if is_stored else weight, down, up)
         ctx.stored = weight if is_stored else None
+        ctx.on_gradient = on_gradient
         ctx.perturbation, ctx.scale, ctx.scales, ctx.shape = perturbation, scale, scales, x.shape
         ctx.ranks, ctx.dtype = [len(one) for one in A], A[0].dtype
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -152,9 +158,11 @@ class _Stacked(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, h, weight, down, up = ctx.saved_tensors
         count = len(ctx.scales)
-        of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[5 : 5 + count], ctx.needs_input_grad[-count:]
+        of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6 : 6 + count], ctx.needs_input_grad[-count:]
         weight = ctx.stored if weight is None else weight
         g = gradient.reshape(-1, gradient.shape[-1])
+        if ctx.on_gradient is not None:
+            ctx.on_gradient(rows, g)
         gx, gA, gB = None, [None] * count, [None] * count
         if of_x or any(of_A):
             gh = g @ up
@@ -174,7 +182,26 @@ class _Stacked(torch.autograd.Function):
                 for piece, s in zip((g.mT @ h).split(ctx.ranks, dim=1), ctx.scales, strict=True)
             ]
         wanted = (one if needed else None for one, needed in zip((*gA, *gB), (*of_A, *of_B), strict=True))
-        return gx, None, None, None, None, *wanted
+        return gx, None, None, None, None, None, *wanted
+
+
+def tap(x: Tensor, y: Tensor, on_gradient: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """y itself, whose gradient is shown beside x on the way back."""
+    return _Tap.apply(x, y, on_gradient)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, on_gradient: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)  # not kept by `on_gradient`: under gradient checkpointing it is computed again
+        ctx.on_gradient = on_gradient
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.on_gradient(x, gradient)
+        return None, gradient, None
 
 
 def _whole(weight: Tensor | StoredWeight, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ class Progress:
         seed: of all the run's random numbers.
         step: optimiser steps done, skipped ones included.
         draws: instance rows consumed, over all processes.
+        rows_a_step: instance rows of the last step, over all processes; 0 before the first.
         losses: the back-propagated loss of each step; None where it was not finite.
         gap_steps, perturbed_losses, clean_losses: the loss gap's measurements, each on the rows of its step (from 1)
             and with the perturbation that step was taken under.
@@ -39,6 +40,7 @@ class Progress:
     seed: int = 0
     step: int = 0
     draws: int = 0
+    rows_a_step: int = 0
     losses: list[float | None] = field(default_factory=list)
     gap_steps: list[int] = field(default_factory=list)
     perturbed_losses: list[float] = field(default_factory=list)
@@ -54,6 +56,7 @@ class Progress:
         """Arguments: rows: instance rows of this step, over all processes."""
         self.step += 1
         self.draws += rows
+        self.rows_a_step = rows
         self.losses.append(step.loss if math.isfinite(step.loss) else None)
         self.skipped += not step.applied
         self.skipped_in_a_row = 0 if step.applied else self.skipped_in_a_row + 1

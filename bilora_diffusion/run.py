@@ -191,11 +191,11 @@ class Run:
         self.steps = steps
         self.previews = Previews(config, machine, accelerator, parts, folder, steps, steps_per_epoch)
         self.gap_interval = _gap_interval(config, steps)
+        self.rows_a_step = config.train_batch_size * config.gradient_accumulation_steps * machine.processes
 
     def fit(self) -> bool:
         """Trains up to the last step. Returns whether it was interrupted before."""
         config, progress, trainer = self.config, self.progress, self.parts.trainer
-        rows_a_step = config.train_batch_size * config.gradient_accumulation_steps * self.machine.processes
         bar = tqdm(initial=progress.step, total=self.steps, desc=config.method, disable=not self.machine.is_main)
         batches = self._batches()
         with Interruption(announces=self.machine.is_main) as interruption, bar:
@@ -210,7 +210,7 @@ class Run:
                 step = trainer.training_step(micro_batches, progress.step, interruption.requested)
                 measures = on_host(self.parts.method.measures())
                 seconds = time.perf_counter() - began - measured
-                progress.add_step(step, measures, rows_a_step, seconds)
+                progress.add_step(step, measures, self.rows_a_step, seconds)
                 self._log(bar, rate)
                 self._stop_if_hopeless()
                 self.previews.after_step(progress.step)
@@ -244,8 +244,11 @@ class Run:
 
     def _measure_gap(self, micro_batches) -> None:
         """On the rows of the step that comes next, with the perturbation it will be taken under."""
-        due = self.gap_interval and ((self.progress.step + 1) % self.gap_interval == 0)
-        if not due or not self.parts.method.perturbs:
+        number, repeats = self.progress.step + 1, self.config.shown_in_a_row
+        # Of the steps on the same rows the last: bilora-echo perturbs the later ones.
+        is_last = (self.progress.draws // self.rows_a_step + 1) % repeats == 0
+        due = self.gap_interval and number >= self.gap_interval and number % self.gap_interval < repeats
+        if not (due and is_last and self.parts.method.perturbs):
             return
         # One micro-batch: in float32, without TF32, a pass takes several times what one of the training takes.
         gap = measure_loss_gap(self.parts.models.values(), self.parts.method, micro_batches[:1])
@@ -316,6 +319,7 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
         "paged_adam": config.paged_adam or None,  # as checkpoints made before there was such a flag say it
         "loraplus_lr_ratio": config.loraplus_lr_ratio,
         "ema_decay": config.ema_decay,
+        "steps_per_draw": config.shown_in_a_row if config.shown_in_a_row > 1 else None,
     }
     if config.method in BALL_METHODS:
         identity["auxiliary_rank"] = config.auxiliary_rank or config.rank
@@ -347,10 +351,11 @@ def _restore(path: Path, content: Checkpoint, parts: Parts, seed: int) -> Progre
     restore_adapters(path, content, parts.models)
     try:
         parts.trainer.load_state_dict(content.state)
-        return replace(Progress.from_json(dict(content.progress)), seed=seed)
+        progress = replace(Progress.from_json(dict(content.progress)), seed=seed)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit this run ({reason}); start a new one in another --output_dir") from error
+    return replace(progress, draws=parts.dataset.resumed_at(progress.draws, progress.rows_a_step))
 
 
 def _is_inside(checkpoint: Path, folder: RunFolder) -> bool:
@@ -395,12 +400,10 @@ def _seed(config: TrainingConfig, checkpoint: tuple[Path, Checkpoint] | None) ->
 
 
 def _gap_interval(config: TrainingConfig, steps: int) -> int:
-    """Every how many steps the loss gap is measured; 0 = never.
-
-    A whole number of draws: bilora-echo perturbs the later steps of each.
-    """
-    interval = max(1, min(200, steps // 10)) if config.loss_gap_steps is None else config.loss_gap_steps
-    return -(-interval // config.shown_in_a_row) * config.shown_in_a_row
+    """Every how many steps the loss gap is measured; 0 = never."""
+    if config.loss_gap_steps is not None:
+        return config.loss_gap_steps
+    return max(1, min(200, steps // 10))
 
 
 def _resolved(config: TrainingConfig, parts: Parts, *, seed: int, steps: int, precision: str) -> TrainingConfig:

@@ -141,6 +141,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (PRODIGY | {"use_8bit_adam": True}, "--use_8bit_adam works only with --optimizer AdamW, not with prodigy"),
     ({"optimizer": "adafactor", "paged_adam": True}, "--paged_adam works only with --optimizer AdamW"),
     ({"init_lora_weights": "lora_ga", "base_precision": "nf4"}, "gradients of the base, and with --base_precision nf4"),
+    ({"compile": True, "base_precision": "nf4"}, "--compile with --base_precision nf4 would keep the restored weights"),
+    ({"compile": True, "offload_base": True}, "--compile with --offload_base would keep the restored weights"),
     ({"init_lora_weights": "lora_ga", "offload_base": True}, "gradients of the base, and with --offload_base"),
     ({"optimizer": "prodigy", "learning_rate": 1.0}, "needs --auxiliary_learning_rate"),
     ({"optimizer": "prodigy", "ascent": "sgd"}, "needs --auxiliary_learning_rate"),

@@ -1,17 +1,25 @@
 """Steps that see the same rows under another noise, and the sketch of a gradient that the second of them follows."""
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TinyRun
+from tiny_run import TinyRun, write_both
 from torch import Tensor
+from whole_run import StopAfter, main, metrics, quickened, refusal, summary, train, words
 
+from bilora_diffusion import run as run_module
 from bilora_diffusion.adapters import AUXILIARY, adapted_layers, auxiliary_off, product_norm
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods.gradient_sketch import GradientSketch
+from bilora_diffusion.methods.gradient_sketch import GradientSketch, _cut, _finite, _sketch, _solved
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_both(tmp_path_factory.mktemp("echo"))[0]
 
 
 def exact_gradients(run: TinyRun, step: int) -> list[Tensor]:
@@ -106,21 +114,44 @@ def test_the_second_step_is_taken_under_the_first_ones_gradient(build):
         assert run.step(step).loss == pytest.approx(perturbed, rel=1e-5)
 
 
-def test_after_a_step_that_was_skipped_nothing_is_followed(build):
-    run = build("bilora-echo", rho=0.1)
-    run.train(2)
-    trainer = run.parts.trainer
-    first = run.micro_batches(2)
-    object.__setattr__(first[0].batch, "latents", first[0].batch.latents * float("inf"))
-    assert not trainer.training_step(first, 2).applied
+@pytest.mark.parametrize(("steps_per_draw", "skipped"), [(2, [2]), (2, [1, 2]), (3, [3])])
+def test_after_a_step_that_was_skipped_nothing_is_followed(build, steps_per_draw: int, skipped: list[int]):
+    """The repeat of a first step that was skipped is not taken under the gradient of other rows."""
+    run = build("bilora-echo", rho=0.1, steps_per_draw=steps_per_draw)
+    run.train(skipped[0])
+    for number in skipped:
+        micro_batches = run.micro_batches(number)
+        object.__setattr__(micro_batches[0].batch, "latents", micro_batches[0].batch.latents * float("inf"))
+        assert not run.parts.trainer.training_step(micro_batches, number).applied
     with torch.no_grad():
-        repeat = run.micro_batches(3)
+        repeat = run.micro_batches(skipped[-1] + 1)
+        assert repeat[0].is_repeat
         with run.parts.method.perturbed(repeat), auxiliary_off(run.parts.models.values()):
             clean = repeat[0].loss()
         with run.parts.method.perturbed(repeat):
             assert repeat[0].loss() == clean
     assert all(tensor.isfinite().all() for tensor in run.tensors(AUXILIARY).values())
-    assert torch.tensor(run.train(3, start=3)).isfinite().all()
+    assert torch.tensor(run.train(3, start=skipped[-1] + 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_a_sketch_in_float16_neither_overflows_nor_vanishes(size: float):
+    """Inputs as large as those of a feed-forward layer; the gradients carry fp16's loss scale."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 3, generator=draw) @ torch.randn(3, 5120, generator=draw)
+    g = torch.randn(256, 640, generator=draw)
+    G = (g.mT @ x).double()
+    Y, Zt = _sketch((x * min(size, 1e3)).half(), (g * size).half(), 8, seed=0)
+    ((B, A),) = _cut(_solved([_finite((Y, Zt))]), 3)
+    found = (B @ A).double() / (size * min(size, 1e3))
+    assert ((found - G).norm() / G.norm()).item() < 0.02
+
+
+def test_what_overflowed_counts_as_nothing():
+    Y, Zt = torch.ones(4, 2), torch.ones(2, 5)
+    Zt[0, 0] = float("inf")
+    ((B, A),) = _cut(_solved([_finite((Y, Zt))]), 2)
+    assert (B @ A == 0).all()
 
 
 # --- the draws ---
@@ -148,7 +179,7 @@ def test_steps_in_a_row_see_the_same_rows_under_another_noise(build, flags: dict
         [row.picture for draw in draws for row in plain.parts.dataset.describe(draw)] for draws in islice(order, 3)
     ]
     assert [[picture for picture, _ in some] for some in shown[::3]] == expected
-    assert len(run.parts.dataset) == 3 * len(plain.parts.dataset)
+    assert len(run.parts.dataset) == len(plain.parts.dataset)  # as many steps with every method
 
 
 def test_a_step_of_several_micro_batches_is_repeated_whole(build):
@@ -157,6 +188,30 @@ def test_a_step_of_several_micro_batches_is_repeated_whole(build):
     firsts = [dataset.describe(draw)[0].first for draw in range(12)]
     assert firsts == [0, 1, 2, 0, 1, 2, 6, 7, 8, 6, 7, 8]
     assert [batch.is_repeat for batch in (*run.batches(0), *run.batches(1))] == [False] * 3 + [True] * 3
+
+
+def test_a_run_that_goes_on_with_other_batches_still_climbs(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It begins with a new draw, so that a step's rows are all repeats or none; with the same batches it goes on."""
+    monkeypatch.setattr(run_module, "Interruption", StopAfter(3))
+    flags = {"method": "bilora-echo", "lora_layers": "to_q", "rho": 0.1, "loss_gap_steps": 2, "max_train_steps": 12}
+    with quickened():
+        assert main(words(pictures, tmp_path, **flags)) == 130
+        monkeypatch.undo()
+        train(pictures, tmp_path, train_batch_size=2, resume_from_checkpoint="latest", **flags)
+    assert summary(tmp_path)["loss_gap_steps"] == [2, 5, 7, 9, 11]
+    shown = {one["step"]: one["loss_gap"] for one in metrics(tmp_path) if "loss_gap" in one}
+    assert sorted(shown) == [2, 5, 7, 9, 11] and all(abs(gap) > 1e-6 for gap in shown.values())
+
+
+def test_a_checkpoint_of_other_draws_is_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    flags = {"lora_layers": "to_q", "max_train_steps": 2, "checkpointing_steps": 1}
+    with quickened():
+        train(pictures, tmp_path, steps_per_draw=2, **flags)
+    flags["max_train_steps"] = 4
+    told = refusal(words(pictures, tmp_path, resume_from_checkpoint="latest", **flags), capsys)
+    assert "was made with --steps_per_draw 2" in told
 
 
 def test_one_step_a_draw_is_refused_with_echo():

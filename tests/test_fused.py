@@ -84,7 +84,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     apply = fused._Stacked.apply
 
     def counting(*arguments):
-        calls.append(len(arguments[4]))
+        calls.append(len(arguments[5]))
         return apply(*arguments)
 
     monkeypatch.setattr(fused._Stacked, "apply", counting)
@@ -175,7 +175,8 @@ def test_gradients_by_finite_differences():
     x = rows(torch.float64, 3).requires_grad_()
     base = layer.base_layer
     assert torch.autograd.gradcheck(
-        lambda x, *factors: fused._Stacked.apply(x, base.weight, base.bias, None, scales, *factors), (x, A1, A2, B1, B2)
+        lambda x, *factors: fused._Stacked.apply(x, base.weight, base.bias, None, None, scales, *factors),
+        (x, A1, A2, B1, B2),
     )
 
 

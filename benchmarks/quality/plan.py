@@ -42,7 +42,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "lora": [{}, {"steps_per_draw": 2}],
     "bilora": [{"rho": 0.05}, {}, {"rho": 2.0}, {"rho": 6.0}],
     "bilora-fresh": [{}, {"ascent_share": 0.5}, {"rho": 1.0}],
-    "bilora-echo": [{}, {"rho": 1.0}, {"rho": 2.0}],
+    "bilora-echo": [{"rho": 0.5}, {"rho": 1.0}, {"rho": 2.0}],
     "dual-lora": [{}],
     "flat-lora": [
         {"sigma": 0.1},

@@ -165,9 +165,11 @@ class DreamBoothDataset(Dataset[list[Row]]):
         self._kept_bytes = 0
 
     def __len__(self) -> int:
-        """Draws in an epoch: instance pictures x repeats or, if that is more, class pictures, each as often as it is
-        shown in a row. See `BucketOrder` too."""
-        return self.steps_per_draw * (self._length if self._buckets is None else len(self._buckets))
+        """Draws in an epoch: instance pictures x repeats or, if that is more, class pictures. See `BucketOrder` too.
+
+        Whatever `steps_per_draw` is, so that all methods take as many steps; above 1 an epoch shows fewer pictures.
+        """
+        return self._length if self._buckets is None else len(self._buckets)
 
     @property
     def rows_in(self) -> Callable[[int], int] | None:
@@ -205,6 +207,19 @@ class DreamBoothDataset(Dataset[list[Row]]):
             index = self._class_order[place]
             rows.append(self._row(self.class_pictures[index], True, index, draw, first))
         return rows
+
+    def resumed_at(self, draws: int, rows_a_step: int) -> int:
+        """The draw that a resumed run begins with: the next, or the next that shows something new where its steps have
+        another number of rows, so that the draws of one step are either all repeats or none.
+
+        Arguments:
+            draws: done so far.
+            rows_a_step: of the steps that did them.
+        """
+        if self.steps_per_draw == 1 or rows_a_step == self.rows_a_step:
+            return draws
+        rows = self.steps_per_draw * self.rows_a_step
+        return -(-draws // rows) * rows
 
     def _first_of(self, draw: int) -> tuple[int, int]:
         """The draw that showed the same first, and its number among those that show something new."""

@@ -70,6 +70,8 @@ class BiLoRAEcho(Method):
 
     def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         repeats = all(micro_batch.is_repeat for micro_batch in micro_batches)
+        if not repeats:
+            self._empty()  # after a step that was skipped it would hold the gradient of other rows
         self._collected = not (repeats and self.steps_per_draw == 2)  # else the next step has other rows
         with self.perturbed(micro_batches):
             if not self._collected:

@@ -11,7 +11,6 @@ Reference: Finding structure with randomness (Halko et al., 2011), arXiv 0909.40
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion.adapters import adapted_layers, wide_dtype
 from bilora_diffusion.compilation import uncompiled
+from bilora_diffusion.fused import FusedLinear, tap
 from bilora_diffusion.processes import average, process_count, process_number
 from bilora_diffusion.randomness import stream_seed
 
@@ -55,21 +55,21 @@ class GradientSketch:
         What is compiled computes as it is written meanwhile: hooks are no part of its programs.
         """
         self._found = {name: [] for name, _ in self.layers}
-        handles = [layer.register_forward_hook(self._tap(name, layer, step)) for name, layer in self.layers]
+        undo = [_listen(layer, self._collector(name, layer, step)) for name, layer in self.layers]
         try:
             with uncompiled():
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for stop in undo:
+                stop()
 
-    def _tap(self, name: str, layer: BaseTunerLayer, step: int) -> Callable[..., Tensor]:
+    def _collector(self, name: str, layer: BaseTunerLayer, step: int) -> Callable[[Tensor, Tensor], None]:
         seed = stream_seed(self.seed, "sketch", name, step)
 
         def collect(x: Tensor, g: Tensor) -> None:
             self._found[name].append(_sketch(*_as_rows(layer, x, g), self.rank + OVERSAMPLING, seed))
 
-        return lambda _, given, y: _Tap.apply(given[0], y, collect)
+        return collect
 
     @torch.no_grad()
     def factors(self) -> list[Factors]:
@@ -78,7 +78,7 @@ class GradientSketch:
         B (out, r) has orthonormal columns, or columns of zeros where the gradient has nothing; A is (r, in). A layer
         that the loss did not see has zeros.
         """
-        pieces = [self._found[name] or [_nothing(layer)] for name, layer in self.layers]
+        pieces = [[_finite(piece) for piece in self._found[name]] or [_nothing(layer)] for name, layer in self.layers]
         self._found = {}
         solved = iter(_solved([piece for some in pieces for piece in some]))
         sums = []
@@ -88,20 +88,12 @@ class GradientSketch:
         return _cut(_of_all_processes(sums), self.rank)
 
 
-class _Tap(torch.autograd.Function):
-    """y itself; shows x and the gradient of y to `collect` on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, collect: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)  # not kept by `collect`: under gradient checkpointing it is computed again
-        ctx.collect = collect
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-        (x,) = ctx.saved_tensors
-        ctx.collect(x, gradient)
-        return None, gradient, None
+def _listen(layer: BaseTunerLayer, collect: Callable[[Tensor, Tensor], None]) -> Callable[[], object]:
+    """Lets a layer's backward passes call it; returns what ends that."""
+    if isinstance(layer, FusedLinear):
+        layer.on_gradient = collect
+        return lambda: delattr(layer, "on_gradient")
+    return layer.register_forward_hook(lambda _, given, y: tap(given[0], y, collect)).remove
 
 
 def _as_rows(layer: BaseTunerLayer, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,13 +108,13 @@ def _as_rows(layer: BaseTunerLayer, x: Tensor, g: Tensor) -> tuple[Tensor, Tenso
 def _sketch(x: Tensor, g: Tensor, columns: int, seed: int) -> Factors:
     """Y and Z'."""
     columns = min(columns, x.shape[1], g.shape[1])
+    x, x_size = _over_its_largest(x)
+    g, g_size = _over_its_largest(g)
     random = torch.Generator(x.device).manual_seed(seed)
     V = torch.randn(x.shape[1], columns, generator=random, device=x.device).to(x.dtype)
-    # The products are scaled to norm 1 before they are multiplied again: in float16 they would leave its range.
-    Y = g.mT @ _over_its_norm(x @ V)[0]
-    Y, _ = _over_its_norm(Y)
-    gY, size = _over_its_norm(g @ Y)
-    return _wide(Y), _wide(gY.mT @ x) * size
+    Y, _ = _over_its_largest(g.mT @ _over_its_largest(x @ V)[0])
+    gY, size = _over_its_largest(g @ Y)
+    return _wide(Y), _wide(gY.mT @ x) * (size * x_size * g_size)
 
 
 def _solved(pieces: Sequence[Factors]) -> list[Factors]:
@@ -155,9 +147,17 @@ def _wide(matrix: Tensor) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
-def _over_its_norm(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    norm = torch.linalg.vector_norm(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32))
-    return (matrix * torch.where(norm > 0, 1 / norm, 0.0)).to(matrix.dtype), norm
+def _over_its_largest(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled so that in float16 no product of it leaves the range, and what it was divided by."""
+    largest = _wide(matrix.abs().amax())
+    return (matrix * torch.where(largest > 0, 1 / largest, 0.0)).to(matrix.dtype), largest
+
+
+def _finite(piece: Factors) -> Factors:
+    """Zeros for a piece that is not: float16 may have overflowed all the same, and that could not be decomposed."""
+    usable = torch.stack([matrix.isfinite().all() for matrix in piece]).all()
+    Y, Zt = (torch.where(usable, matrix, 0.0) for matrix in piece)
+    return Y, Zt
 
 
 def _nothing(layer: BaseTunerLayer) -> Factors:
