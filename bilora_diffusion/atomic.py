@@ -2,7 +2,8 @@
 
 The new content goes to a hidden neighbour of the file, is forced to the disk (unless it can be made again), and takes
 the file's name in one step. One process writes a file at a time: the neighbour's name is fixed, so that what a killed
-run left behind is overwritten by the next instead of piling up.
+run left behind is overwritten by the next instead of piling up. Shared files have neighbours of each writer's own, of
+which a killed one leaves its last.
 """
 
 import errno
