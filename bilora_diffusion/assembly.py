@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -157,12 +158,7 @@ def assemble(
     trains_text = config.train_text_encoder
     read_as, _ = precisions(config.base_precision, machine.dtype)
     text = base.load(*TEXT_ENCODERS, dtype=read_as if trains_text else machine.dtype)
-    encoders = [getattr(text, part).requires_grad_(False) for part in TEXT_ENCODERS]
-    for part, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
-        if trains_text:
-            _place(config, machine, part, encoder)
-        else:
-            encoder.to(machine.device)
+    encoders = [_text_encoder(config, machine, text, part) for part in TEXT_ENCODERS]
     tokenizers = (text.tokenizer, text.tokenizer_2)
     objective = build_objective(text.scheduler, edm=config.do_edm_style_training, snr_gamma=config.snr_gamma)
     models: dict[str, nn.Module] = {}
@@ -418,6 +414,14 @@ def _place(config: TrainingConfig, machine: Machine, part: str, model: nn.Module
     _, stored = precisions(config.base_precision, machine.dtype)
     offload = config.offload_base and machine.has_own_memory
     store_base(part, model, stored, machine.device, offload=offload)
+
+
+def _text_encoder(config: TrainingConfig, machine: Machine, text: StableDiffusionXLPipeline, part: str) -> nn.Module:
+    """Stored as the base is where it stays; otherwise it is only run once."""
+    encoder = getattr(text, part).requires_grad_(False)
+    if config.train_text_encoder:
+        _place(config, machine, part, encoder)
+    return encoder.to(machine.device)
 
 
 def _load_unet(config: TrainingConfig, machine: Machine, base: Base) -> nn.Module:

@@ -15,7 +15,7 @@ from tiny_run import TinyRun, all_equal, deltas, difference
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bilora_diffusion import methods
+from bilora_diffusion import assembly, methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, auxiliary_off, low_rank_layers, product_norm
 from bilora_diffusion.config import METHOD_NAMES
 from bilora_diffusion.methods.ascent import NormalizedAscent, OptimizerAscent
@@ -82,10 +82,8 @@ def test_gradient_checkpointing_gives_the_same_weights(build, method):
 
 def test_checkpointing_is_really_on(build, monkeypatch):
     calls = []
-    original = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(
-        torch.utils.checkpoint, "checkpoint", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
-    )
+    original = assembly.checkpoint
+    monkeypatch.setattr(assembly, "checkpoint", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     build(gradient_checkpointing=False).train(1)
     assert not calls
     build(gradient_checkpointing=True).train(1)
