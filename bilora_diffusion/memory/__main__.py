@@ -57,8 +57,8 @@ def _print(config: TrainingConfig, cards: Sequence[float]) -> None:
 
     dtype = DTYPES[resolved_precision(config)]
     found = estimate(config, dtype)
-    if not found.base_was_read:
-        print(f"{config.pretrained_model_name_or_path} is not at hand: these are the shapes of SDXL\n")
+    if found.not_read is not None:
+        print(f"These are the shapes of SDXL, not of the base ({found.not_read})\n")
     print("Estimated, no GPU measured yet; GB are 2^30 bytes.\n")
     for phase in found.phases:
         print(f"{phase.name:32}{phase.allocated / GB:8.2f} GB{'   (left out if it does not fit)' * phase.may_fail}")

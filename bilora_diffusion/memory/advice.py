@@ -36,8 +36,9 @@ def check_memory(config: TrainingConfig, device: torch.device, dtype: torch.dtyp
         )
         if found.needed > free:
             logger.warning(_too_small(config, dtype, found, free))
-    except Exception:  # whatever it is, the run may be well
-        logger.debug("the memory could not be estimated", exc_info=True)
+    except Exception as error:  # whatever it is, the run may be well: it is told and goes on
+        reason = " ".join(str(error).split())[:200]
+        logger.warning(f"the memory that this run needs could not be estimated ({type(error).__name__}: {reason})")
         return None
     return found.allocated
 

@@ -59,11 +59,11 @@ class Estimate:
     """The phases of a run.
 
     Arguments:
-        base_was_read: False where the base's configuration was not at hand and SDXL's was taken.
+        not_read: why the base's configuration could not be read, so that SDXL's was taken; None where it was read.
     """
 
     phases: tuple[Phase, ...]
-    base_was_read: bool
+    not_read: str | None
 
     @property
     def largest(self) -> Phase:
@@ -92,17 +92,18 @@ def estimate(config: TrainingConfig, dtype: torch.dtype) -> Estimate:
     Arguments:
         dtype: of the frozen base and of the forward pass, as `Machine.dtype`.
     """
-    configurations, base_was_read = _configurations(Base.from_flags(vars(config)))
+    configurations, not_read = _configurations(Base.from_flags(vars(config)))
     run = _Run(config, dtype, configurations)
-    return Estimate(tuple(run.phases()), base_was_read)
+    return Estimate(tuple(run.phases()), not_read)
 
 
-def _configurations(base: Base) -> tuple[dict[str, dict[str, Any]], bool]:
+def _configurations(base: Base) -> tuple[dict[str, dict[str, Any]], str | None]:
     try:
-        return base.configurations(*PARTS), True
-    except UserError:  # the base is not at hand: the run will say so, here SDXL's own stands for it
+        return base.configurations(*PARTS), None
+    except UserError as error:  # a run ends with it; here SDXL's own stands for the base, and the reason is told
+        reason = str(error)
         sdxl = BaseFolder(SDXL_CONFIG, "SDXL")
-        return {part: sdxl.read_json(f"{part}/config.json") for part in PARTS}, False
+        return {part: sdxl.read_json(f"{part}/config.json") for part in PARTS}, reason
 
 
 class _Run:
