@@ -14,7 +14,7 @@ from bilora_diffusion.adapters import AUXILIARY, adapted_layers, auxiliary_off, 
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods.gradient_sketch import GradientSketch, _cut, _finite, _sketch, _solved
+from bilora_diffusion.methods.gradient_sketch import GradientSketch, _cut, _sketch, _solved
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +142,9 @@ def test_a_sketch_in_float16_neither_overflows_nor_vanishes(size: float):
     g = torch.randn(256, 640, generator=draw)
     G = (g.mT @ x).double()
     Y, Zt = _sketch((x * min(size, 1e3)).half(), (g * size).half(), 8, seed=0)
-    ((B, A),) = _cut(_solved([_finite((Y, Zt))]), 3)
+    ((B, A),) = _cut(_solved([(Y, Zt)]), 3)
     found = (B @ A).double() / (size * min(size, 1e3))
     assert ((found - G).norm() / G.norm()).item() < 0.02
-
-
-def test_what_overflowed_counts_as_nothing():
-    Y, Zt = torch.ones(4, 2), torch.ones(2, 5)
-    Zt[0, 0] = float("inf")
-    ((B, A),) = _cut(_solved([_finite((Y, Zt))]), 2)
-    assert (B @ A == 0).all()
 
 
 # --- the draws ---

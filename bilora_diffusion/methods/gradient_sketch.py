@@ -78,7 +78,7 @@ class GradientSketch:
         B (out, r) has orthonormal columns, or columns of zeros where the gradient has nothing; A is (r, in). A layer
         that the loss did not see has zeros.
         """
-        pieces = [[_finite(piece) for piece in self._found[name]] or [_nothing(layer)] for name, layer in self.layers]
+        pieces = [self._found[name] or [_nothing(layer)] for name, layer in self.layers]
         self._found = {}
         solved = iter(_solved([piece for some in pieces for piece in some]))
         sums = []
@@ -151,13 +151,6 @@ def _over_its_largest(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled so that in float16 no product of it leaves the range, and what it was divided by."""
     largest = _wide(matrix.abs().amax())
     return (matrix * torch.where(largest > 0, 1 / largest, 0.0)).to(matrix.dtype), largest
-
-
-def _finite(piece: Factors) -> Factors:
-    """Zeros for a piece that is not: float16 may have overflowed all the same, and that could not be decomposed."""
-    usable = torch.stack([matrix.isfinite().all() for matrix in piece]).all()
-    Y, Zt = (torch.where(usable, matrix, 0.0) for matrix in piece)
-    return Y, Zt
 
 
 def _nothing(layer: BaseTunerLayer) -> Factors:
