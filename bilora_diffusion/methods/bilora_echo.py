@@ -16,7 +16,7 @@ Reference: this project; the parts are SAM (arXiv 2010.01412) and Bi-LoRA (arXiv
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion.adapters import LowRank, auxiliary_off
 from bilora_diffusion.methods.gradient_sketch import GradientSketch
-from bilora_diffusion.methods.interface import Method, MicroBatch, backward_each
+from bilora_diffusion.methods.interface import Method, MicroBatch, backward_each, without_gradients
 
 __all__ = ["BiLoRAEcho"]
 
@@ -61,11 +61,9 @@ class BiLoRAEcho(Method):
     @contextmanager
     def perturbed(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
         """The auxiliary holds the gradient of the step before: it is of use to a step that repeats its rows."""
-        if not all(micro_batch.is_repeat for micro_batch in micro_batches):
-            with auxiliary_off(self.models.values()), self._frozen():
-                yield
-            return
-        with self._frozen():
+        repeats = all(micro_batch.is_repeat for micro_batch in micro_batches)
+        factors = [factor for layer in self.layers for factor in (layer.A, layer.B)]  # no gradient trains them
+        with without_gradients(factors), nullcontext() if repeats else auxiliary_off(self.models.values()):
             yield
 
     def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -102,15 +100,3 @@ class BiLoRAEcho(Method):
     def _empty(self) -> None:
         for layer in self.layers:
             layer.B.zero_()
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """Inside, no gradient of the auxiliary is computed: it is not trained by one."""
-        factors = [factor for layer in self.layers for factor in (layer.A, layer.B)]
-        try:
-            for factor in factors:
-                factor.requires_grad_(False)
-            yield
-        finally:
-            for factor in factors:
-                factor.requires_grad_(True)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import LowRank
-from bilora_diffusion.methods.interface import Method, MicroBatch, backward_each, gradients, unit
+from bilora_diffusion.methods.interface import Method, MicroBatch, backward_each, gradients, unit, without_gradients
 
 __all__ = ["BiLoRAFresh", "orthonormal_rows"]
 
@@ -65,21 +65,21 @@ class BiLoRAFresh(Method):
     @contextmanager
     def perturbed(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
         """Where the next perturbed step takes its gradient."""
-        with _only(self._columns, [*self.primary, *self.parameters]):
+        with without_gradients([*self.primary, *self.parameters]):
             found = gradients(micro_batches, self._columns, self.share)
         # The ball counts C = s B2, in which the gradient is G A2' = gB / s.
         direction = unit(torch._foreach_div(found, self._scales))
         values = [column.data for column in self._columns]
         try:
             torch._foreach_add_(values, torch._foreach_div(direction, self._scales), alpha=self.rho)
-            with _only([*self.primary, *self.parameters], self._columns):
+            with without_gradients(self._columns):
                 yield
         finally:
             torch._foreach_zero_(values)
 
     def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         if self._step % self.every:
-            with _only(self.primary, [*self.parameters, *self._columns]):
+            with without_gradients([*self.parameters, *self._columns]):
                 return backward_each(micro_batches)
         return super().accumulate(micro_batches)
 
@@ -96,18 +96,6 @@ class BiLoRAFresh(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._step = state["step"]
-
-
-@contextmanager
-def _only(wanted: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, the backward pass computes gradients of the wanted alone."""
-    try:
-        for parameter in others:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
 
 
 def orthonormal_rows(matrix: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ draws twice, which is what its derivation assumes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion.processes import average_gradients
 
-__all__ = ["Method", "MicroBatch", "backward_each", "gradients", "unit"]
+__all__ = ["Method", "MicroBatch", "backward_each", "gradients", "unit", "without_gradients"]
 
 
 class MicroBatch(Protocol):
@@ -122,6 +122,18 @@ def gradients(
     for parameter in parameters:
         parameter.grad = None
     return found
+
+
+@contextmanager
+def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, the backward pass computes no gradients of these."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def unit(tensors: Sequence[Tensor]) -> list[Tensor]:
