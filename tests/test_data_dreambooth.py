@@ -265,7 +265,6 @@ def test_class_pictures(tmp_path: Path) -> None:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    pytest.importorskip("datasets")
     folder = tmp_path / "imagefolder"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -326,7 +325,6 @@ def test_wrong_columns_of_a_data_set(image_folder: Path, options: dict[str, str]
 
 
 def test_a_data_set_that_is_not_there_or_has_no_train_split(tmp_path: Path, load: Load) -> None:
-    pytest.importorskip("datasets")
     for missing in ("nobody/has-this-data-set", tmp_path / "gone"):
         with pytest.raises(UserError, match=r"--dataset_name .* cannot be loaded \(") as caught:
             load(missing, instance_prompt="x")
@@ -337,7 +335,8 @@ def test_a_data_set_that_is_not_there_or_has_no_train_split(tmp_path: Path, load
 
 
 def test_pictures_stored_inside_a_data_set(tmp_path: Path, load: Load) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     file = io.BytesIO()
     Image.new("I;16", (20, 20), 40000).save(file, "PNG")
     rows = {"image": [{"bytes": file.getvalue(), "path": None}, None], "text": ["deep grey", "nothing"]}

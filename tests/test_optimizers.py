@@ -154,7 +154,6 @@ def test_the_fused_step_is_adamws():
 
 
 def test_prodigy_trains_beside_an_auxiliary(build):
-    pytest.importorskip("prodigyopt")
     run = build(
         optimizer="prodigy", learning_rate=1.0, auxiliary_learning_rate=0.02, rho=2.0, prodigy_safeguard_warmup=True
     )
