@@ -29,9 +29,9 @@ def circumstances(threads: int) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Five digits are more than the measurements carry."""
+    """Six digits are more than the measurements carry; the files stay small."""
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.6g}")
     if isinstance(value, dict):
         return {key: rounded(entry) for key, entry in value.items()}
     return [rounded(entry) for entry in value] if isinstance(value, list) else value

@@ -6,14 +6,12 @@ is written once. This module imports neither torch nor diffusers: `--help` and a
 
 import dataclasses
 import math
-import os
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 import yaml
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.contradictions import RESOLUTIONS, refuse_contradictions, remarks
 from bilora_diffusion.flags import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -25,61 +23,17 @@ from bilora_diffusion.flags import (
     checked,
     flag,
     flag_of,
-    show,
 )
+from bilora_diffusion.method_names import FLAGS_OF_METHODS, METHOD_NAMES
 
 __all__ = [
-    "BALL_METHODS",
     "FLAGS",
-    "FLAGS_OF_METHODS",
     "GROUPS",
-    "METHOD_NAMES",
     "RIVALS",
     "TrainingConfig",
     "as_dict",
     "to_yaml",
 ]
-
-METHOD_NAMES = (
-    "bilora",
-    "lora",
-    "bilora-fresh",
-    "bilora-echo",
-    "dual-lora",
-    "flat-lora",
-    "lora-sam",
-    "looksam",
-    "s2-sam",
-    "eflat-lora",
-    "rwp-lora",
-    "rwp-full",
-    "obar",
-    "nbar",
-)
-
-BALL_METHODS = ("bilora", "bilora-fresh", "bilora-echo", "dual-lora")  # they have a second adapter, held in a ball
-FLAGS_OF_METHODS: dict[str, tuple[str, ...]] = {
-    "rho": (*BALL_METHODS, "lora-sam", "looksam", "s2-sam", "eflat-lora"),
-    "rho_relative": BALL_METHODS,
-    "auxiliary_rank": BALL_METHODS,
-    "auxiliary_init": ("bilora", "bilora-fresh", "dual-lora"),
-    "ascent": ("bilora",),
-    "ascent_fraction": ("bilora",),
-    "auxiliary_learning_rate": ("bilora", "dual-lora"),
-    "auxiliary_weight_decay": ("bilora", "dual-lora"),
-    "ascent_share": ("lora-sam", "bilora-fresh"),
-    "ascent_every": ("bilora-fresh",),
-    "sigma": ("flat-lora", "rwp-full", "rwp-lora", "bilora", "bilora-fresh"),
-    "sigma_schedule": ("flat-lora", "bilora", "bilora-fresh"),
-    "looksam_every": ("looksam",),
-    "looksam_alpha": ("looksam",),
-    "eflat_beta": ("eflat-lora",),
-    "bar_strength": ("obar", "nbar"),
-    "bar_schedule": ("obar", "nbar"),
-}
-"""Which methods read a flag of the group Method; the flags that are not here hold for all."""
-
-STARTS = re.compile(r"gaussian|kaiming|pissa|pissa_niter_[0-9]{1,3}|olora|lora_ga")
 
 # Two ways to say one thing: never both. On the command line one of them displaces the other of the YAML file.
 RIVALS = (("rho", "rho_relative"), ("dataset_name", "instance_data_dir"))
@@ -217,6 +171,13 @@ class TrainingConfig:
         within=AT_LEAST_ONE,
         origin="bilora",
     )
+    ascent_basis: Literal["tracked", "gradient"] = flag(
+        "tracked",
+        "directions that bilora-fresh climbs along: those that persist in the gradients from step to step, or the "
+        "strongest of the batch's own gradient, which climbs higher",
+        group=METHOD,
+        origin="bilora",
+    )
     sigma: float | None = flag(
         None,
         "norm of the noise of flat-lora, rwp-full and rwp-lora as a share of the weights', unset: 0.1; with bilora and "
@@ -318,7 +279,7 @@ class TrainingConfig:
         None,
         "side of the square training crop in pixels; unset: the base's own, 1024 for SDXL",
         group=DATA,
-        within=Range(16, multiple_of=8),
+        within=RESOLUTIONS,
         departure="unset means the base's own, 1024 for SDXL (1024 there, whatever the base)",
     )
     use_aspect_ratio_buckets: bool = flag(
@@ -691,148 +652,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for one in FLAGS.values():
             setattr(self, one.name, checked(one, getattr(self, one.name)))
-        self.validate()
-
-    def validate(self) -> None:
-        """Raises `UserError` for flags that contradict each other; types and ranges were checked before."""
-        for check in (
-            self._validate_data,
-            self._validate_method,
-            self._validate_optimiser,
-            self._validate_rest,
-        ):
-            check()
-
-    def _validate_data(self) -> None:
-        if self.dataset_name is None and self.instance_data_dir is None:
-            raise UserError("no pictures to learn: give --instance_data_dir FOLDER or --dataset_name NAME")
-        if self.dataset_name is not None and self.instance_data_dir is not None:
-            raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
-        self._validate_masks()
-        self._validate_buckets()
-        if self.cache_dir_latents is not None and self.cache_latents is False:
-            raise UserError("--cache_dir_latents keeps latents and --cache_latents is off: leave one of them out")
-        if self.with_prior_preservation:
-            for name in ("class_prompt",) if self.prior_from_base else ("class_data_dir", "class_prompt"):
-                if getattr(self, name) is None:
-                    raise UserError(f"--with_prior_preservation needs --{name}: set it, or leave both out")
-        if self.prior_from_base and self.class_prompt == "" and self.caption_dropout:
-            raise UserError(
-                "--prior_source base_prediction with an empty --class_prompt holds the empty prompt to the base, and "
-                "--caption_dropout teaches it the pictures: leave one of them out"
-            )
-        # What is written into the folder of pictures would be learnt as the subject next time.
-        for name in ("class_data_dir", "output_dir"):
-            if self.instance_data_dir is not None and _same_folder(getattr(self, name), self.instance_data_dir):
-                raise UserError(
-                    f"--{name} is the folder of --instance_data_dir, {show(self.instance_data_dir)}: give it its own"
-                )
-
-    def _validate_masks(self) -> None:
-        if self.mask_dir is None:
-            return
-        if self.alpha_mask:
-            raise UserError("--mask_dir and --alpha_mask are both set: a picture has one mask, give only one of them")
-        if self.dataset_name is not None:
-            raise UserError("--mask_dir goes by the names of files: with --dataset_name use --alpha_mask")
-        if _same_folder(self.mask_dir, self.instance_data_dir):
-            raise UserError(
-                "--mask_dir is the folder of --instance_data_dir, where masks would be learnt as pictures: give it "
-                "its own"
-            )
-
-    def _validate_buckets(self) -> None:
-        if self.aspect_ratio_buckets is not None:
-            if not self.use_aspect_ratio_buckets:
-                raise UserError("--aspect_ratio_buckets needs --use_aspect_ratio_buckets: set it, or leave both out")
-            side = FLAGS["resolution"].within
-            if not all(len(pair) == 2 and all(one in side for one in pair) for pair in self.buckets or ()):
-                raise UserError(
-                    f"--aspect_ratio_buckets is {show(self.aspect_ratio_buckets)}: it must be pairs height,width with "
-                    f"a semicolon between two, such as 1024,1024;832,1216, each number {side}"
-                )
-        if self.use_aspect_ratio_buckets and self.with_prior_preservation and not self.prior_from_base:
-            raise UserError(
-                "--use_aspect_ratio_buckets does not go with class pictures, which are squares: add --prior_source "
-                "base_prediction, or leave one of them out"
-            )
-
-    def _validate_method(self) -> None:
-        if self.rho is not None and self.rho_relative is not None:
-            raise UserError("--rho and --rho_relative are both set: they are one radius, give only one of them")
-        if self.lora_layers is not None and not all(name.strip() for name in self.lora_layers.split(",")):
-            raise UserError(
-                f"--lora_layers is {show(self.lora_layers)}: it must be module names with a comma between "
-                "two, such as to_q,to_v"
-            )
-        if self.method == "bilora-echo" and self.shown_in_a_row == 1:
-            raise UserError(
-                "--method bilora-echo needs two or more steps on the same pictures: leave --steps_per_draw 1 out"
-            )
-        self._validate_start()
-
-    def _validate_start(self) -> None:
-        start = self.init_lora_weights
-        if not STARTS.fullmatch(start):
-            raise UserError(
-                f"--init_lora_weights is {show(start)}: it must be one of gaussian, kaiming, pissa, olora, "
-                "lora_ga, or pissa_niter_N for N power iterations, such as pissa_niter_16"
-            )
-        if start == "lora_ga" and (self.base_precision is not None or self.offload_base):
-            stored = "--offload_base" if self.base_precision is None else f"--base_precision {self.base_precision}"
-            raise UserError(
-                f"--init_lora_weights lora_ga needs gradients of the base, and with {stored} it has none: use pissa, "
-                "or leave one of them out"
-            )
-        if self.moves_start and self.use_dora:
-            raise UserError(
-                f"--use_dora and --init_lora_weights {start} exclude each other: a DoRA's magnitudes are those of the "
-                "weights with the start in them; use gaussian or kaiming, or leave --use_dora out"
-            )
-        if self.moves_start and self.init_lora_from is not None:
-            raise UserError(
-                f"--init_lora_from and --init_lora_weights {start} are both set: they are two beginnings, give only one"
-            )
-
-    def _validate_optimiser(self) -> None:
-        for name in ("use_8bit_adam", "paged_adam"):
-            if getattr(self, name) and self.optimizer != "AdamW":
-                raise UserError(
-                    f"--{name} works only with --optimizer AdamW, not with {self.optimizer}: leave one of them out"
-                )
-        if self.optimizer != "prodigy":
-            return
-        if self.loraplus_lr_ratio != 1:
-            raise UserError(
-                "--loraplus_lr_ratio does not go with --optimizer prodigy, which estimates one step size for all: "
-                "leave it out, or use AdamW"
-            )
-        if self.method == "dual-lora" and self.auxiliary_learning_rate is None:
-            raise UserError(
-                "--optimizer prodigy with --method dual-lora needs --auxiliary_learning_rate, as Prodigy's own rate "
-                "suits no other optimiser: set it (1e-4, say)"
-            )
-        needs_rate = self.method == "bilora" and self.ascent in ("adamw", "sgd")
-        if needs_rate and self.auxiliary_learning_rate is None:
-            raise UserError(
-                f"--optimizer prodigy with --ascent {self.ascent} needs --auxiliary_learning_rate, as "
-                "Prodigy's own rate suits no other optimiser: set it (1e-4, say), or use --ascent normalized"
-            )
-
-    def _validate_rest(self) -> None:
-        stored = "--offload_base" if self.offload_base else f"--base_precision {self.base_precision}"
-        if self.compile and not self.gradient_checkpointing and (self.base_precision or self.offload_base):
-            raise UserError(
-                f"--compile with {stored} would keep the restored weights for the backward pass: add "
-                "--gradient_checkpointing, or leave one of them out"
-            )
-        if self.do_edm_style_training and self.snr_gamma is not None:
-            raise UserError("--snr_gamma cannot be used with --do_edm_style_training, which has its own weights")
-        if self.report_to == "wandb" and self.hub_token is not None:
-            raise UserError(
-                "--report_to wandb and --hub_token exclude each other, as the token could reach the tracker: "
-                "leave the token out and log in with the hub's own command"
-            )
+        refuse_contradictions(self)
 
     @property
     def moves_start(self) -> bool:
@@ -881,79 +701,11 @@ class TrainingConfig:
                 for name in unread
                 if getattr(self, name) != FLAGS[name].default
             ),
-            *(text for applies, text in self._remarks() if applies),
-        ]
-
-    def _remarks(self) -> list[tuple[bool, str]]:
-        prodigy = self.optimizer == "prodigy"
-        ball = self.method in BALL_METHODS
-        steps = self.max_train_steps
-        no_warmup = self.lr_scheduler == "constant"
-        no_prompt = self.validation_prompt is None
-        return [
-            (
-                self.class_data_dir is not None and not self.with_prior_preservation,
-                "--class_data_dir has no effect without --with_prior_preservation",
-            ),
-            (
-                self.class_prompt is not None and not self.with_prior_preservation,
-                "--class_prompt has no effect without --with_prior_preservation",
-            ),
-            (
-                self.prior_source != "class_images" and not self.with_prior_preservation,
-                f"--prior_source {self.prior_source} has no effect without --with_prior_preservation",
-            ),
-            (
-                self.prior_from_base and self.class_data_dir is not None,
-                "--class_data_dir has no effect with --prior_source base_prediction, which uses no class pictures",
-            ),
-            (
-                self.keep_tokens > 0 and not self.shuffle_caption,
-                f"--keep_tokens {self.keep_tokens} has no effect without --shuffle_caption",
-            ),
-            (
-                prodigy and self.learning_rate <= 0.1,
-                f"--learning_rate {self.learning_rate:g} is low for Prodigy, which wants about 1",
-            ),
-            (
-                prodigy and self.train_text_encoder,
-                f"--text_encoder_lr {self.text_encoder_lr:g} has no effect with Prodigy: --learning_rate "
-                f"{self.learning_rate:g} holds for the text encoders too",
-            ),
-            (
-                ball and 0 in (self.rho, self.rho_relative),
-                "the radius is 0: this run is plain LoRA, without a perturbation",
-            ),
-            (
-                self.method == "bilora" and self.ascent == "normalized" and self.auxiliary_learning_rate is not None,
-                "--auxiliary_learning_rate has no effect with --ascent normalized; --ascent_fraction has",
-            ),
-            (
-                not no_warmup and steps is not None and self.lr_warmup_steps >= steps,
-                f"--lr_warmup_steps {self.lr_warmup_steps} is not below --max_train_steps {steps}: the "
-                "learning rate never reaches its peak",
-            ),
-            (
-                no_prompt and self.validation_steps is not None,
-                "--validation_steps has no effect without --validation_prompt",
-            ),
-            (
-                self.dataset_config_name is not None and self.dataset_name is None,
-                "--dataset_config_name has no effect without --dataset_name",
-            ),
-            (
-                self.overwrite_output_dir and self.resume_from_checkpoint is not None,
-                "--overwrite_output_dir with --resume_from_checkpoint: a run that is found is continued; if there is "
-                "none, the folder is replaced",
-            ),
+            *(text for applies, text in remarks(self) if applies),
         ]
 
 
 FLAGS: dict[str, Flag] = {field.name: flag_of(field) for field in dataclasses.fields(TrainingConfig)}
-
-
-def _same_folder(one: str | None, other: str) -> bool:
-    return one is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
 def as_dict(config: TrainingConfig) -> dict[str, bool | int | float | str | None]:

@@ -29,13 +29,15 @@ from bilora_diffusion.checkpoint import (
     save_checkpoint,
 )
 from bilora_diffusion.compilation import CompilerError, check_compiler, reason, uncompiled
-from bilora_diffusion.config import BALL_METHODS, TrainingConfig, show, to_yaml
+from bilora_diffusion.config import TrainingConfig, to_yaml
 from bilora_diffusion.data.dreambooth import DrawBatches, Row, flatten
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.finishing import finish, save_loras, upload
+from bilora_diffusion.flags import show
 from bilora_diffusion.interruption import Interruption, ignore_interrupts
 from bilora_diffusion.loss_gap import LossGap, measure_loss_gap
 from bilora_diffusion.memory.advice import check_memory
+from bilora_diffusion.method_names import BALL_METHODS
 from bilora_diffusion.previews import Previews
 from bilora_diffusion.processes import average, on_host
 from bilora_diffusion.progress import Progress

@@ -11,8 +11,8 @@ from whole_run import main, quicken, refusal, summary, train, words
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.base_prediction import only_base
 from bilora_diffusion.batches import TrainingMicroBatch
-from bilora_diffusion.config import METHOD_NAMES
 from bilora_diffusion.data.latents import EncodedLatents
+from bilora_diffusion.method_names import METHOD_NAMES
 
 PRIOR = {"with_prior_preservation": True, "prior_source": "base_prediction", "class_prompt": "a picture"}
 ACTIVE = {"rho": 2.0, "auxiliary_learning_rate": 0.02}

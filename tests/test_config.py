@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from bilora_diffusion.command_line import parse, read_config_file
-from bilora_diffusion.config import FLAGS, GROUPS, METHOD_NAMES, TrainingConfig, as_dict, to_yaml
+from bilora_diffusion.config import FLAGS, GROUPS, TrainingConfig, as_dict, to_yaml
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import nearest
+from bilora_diffusion.method_names import METHOD_NAMES
 
 # The 72 flags of diffusers' train_dreambooth_lora_sdxl.py with the defaults of its argument parser.
 STOCK = {

@@ -302,10 +302,7 @@ def test_bilora_echo(repeats):
         if step % repeats:
             weights = [W + e for W, e in zip(weights, echo, strict=True)]
         dense = experiment.gradients(step)(weights)
-        cut = []
-        for G in dense:
-            U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-            cut.append((U[:, :AUXILIARY_RANK] * S[:AUXILIARY_RANK]) @ Vh[:AUXILIARY_RANK])
+        cut = [strongest(G) for G in dense]
         size = math.sqrt(sum(G.square().sum().item() for G in cut))
         echo = [rho / size * G for G in cut]
         theta = descend(theta, chain(dense, theta))
@@ -345,6 +342,35 @@ def test_bilora_fresh(share, every):
         assert torch.allclose(ours @ ours.T, torch.eye(AUXILIARY_RANK, dtype=ours.dtype), atol=1e-5)
         assert (layer.B == 0).all()
     assert experiment.differs(lora(experiment))
+
+
+@pytest.mark.parametrize(("share", "every"), [(1.0, 1), (0.5, 1), (1.0, 3)])
+def test_bilora_fresh_along_the_gradient(share, every):
+    experiment, rho = Experiment(), 0.4
+    experiment.add(AUXILIARY, AUXILIARY_RANK)
+    layers = low_rank_layers(experiment.models, AUXILIARY)
+    sketch = GradientSketch(experiment.models, AUXILIARY_RANK, SEED)
+    method = BiLoRAFresh(layers, experiment.primary, rho, share, every, sketch)
+    theta = experiment.start
+    for step in range(STEPS):
+        W = experiment.merged(theta)
+        if step % every:
+            theta = descend(theta, chain(experiment.gradients(step)(W, WHOLE), theta))
+            continue
+        cut = [strongest(G) for G in experiment.gradients(step)(W, WHOLE if share == 1 else slice(0, 1))]
+        size = math.sqrt(sum(G.square().sum().item() for G in cut))
+        moved = [w + rho / size * G for w, G in zip(W, cut, strict=True)]
+        theta = descend(theta, chain(experiment.gradients(step)(moved, WHOLE), theta))
+    experiment.train(method)
+    experiment.same(theta)
+    assert all((factor == 0).all() for layer in layers for factor in (layer.A, layer.B))
+    assert experiment.differs(lora(experiment))
+
+
+def strongest(G: Tensor) -> Tensor:
+    """The best approximation of the auxiliary's rank."""
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    return (U[:, :AUXILIARY_RANK] * S[:AUXILIARY_RANK]) @ Vh[:AUXILIARY_RANK]
 
 
 def test_rows_are_made_orthonormal_whatever_they_are():

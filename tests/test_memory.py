@@ -17,7 +17,7 @@ from bilora_diffusion.base_precision import QUANTISED
 from bilora_diffusion.bases import Base
 from bilora_diffusion.bases.single_file import SDXL_CONFIG
 from bilora_diffusion.command_line import parse
-from bilora_diffusion.config import METHOD_NAMES, TrainingConfig
+from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.memory import advice
 from bilora_diffusion.memory.__main__ import main
 from bilora_diffusion.memory.advice import check_memory, remedies
@@ -25,6 +25,7 @@ from bilora_diffusion.memory.estimate import GB, estimate
 from bilora_diffusion.memory.parts import build_part, frozen_bytes
 from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic, rounded
 from bilora_diffusion.memory.step import simulate_step
+from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.stored_linear import StoredLinear
 
 README = Path(__file__).parents[1] / "README.md"

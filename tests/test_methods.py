@@ -1,6 +1,6 @@
 """What holds for every training method, and what only Bi-LoRA promises.
 
-A later method is added to `config.METHOD_NAMES`, and with that to all the invariants here.
+A later method is added to `method_names.METHOD_NAMES`, and with that to all the invariants here.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilora_diffusion import assembly, methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, auxiliary_off, low_rank_layers, product_norm
-from bilora_diffusion.config import METHOD_NAMES
+from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.methods.ascent import NormalizedAscent, OptimizerAscent
 from bilora_diffusion.methods.ball import clip_to_ball
 from bilora_diffusion.methods.bilora import BiLoRA

@@ -1,14 +1,22 @@
 """The quality benchmark's choice and table, from made-up runs, and one real run of two steps."""
 
+import io
 import json
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from benchmarks.quality import laboratory, measures, rises, stacking
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import laboratory, measures, rises, stacking, tasks
 from benchmarks.quality.plan import Configuration, candidates
 from benchmarks.quality.report import PICTURE_MEASURES, at_best, chosen, report
-from bilora_diffusion.config import METHOD_NAMES
+from bilora_diffusion.embedded import icons
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.method_names import METHOD_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +113,13 @@ def test_the_gradient_rises_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: laboratory.Laboratory):
-    monkeypatch.setattr(laboratory, "STEPS", 2)
-    monkeypatch.setattr(laboratory, "EVALUATED_AT", (1, 2))
+    monkeypatch.setattr(laboratory_, "task", replace(laboratory_.task, evaluated_at=(1, 2)))
     monkeypatch.setattr(measures, "PICTURES", 2)
     monkeypatch.setattr(measures, "HALF", 2)
     monkeypatch.setattr(measures, "FEW_STEPS", 2)
     few = {name: batches[:1] for name, batches in laboratory_.evaluations.items()}
     monkeypatch.setattr(laboratory_, "evaluations", few)
-    one = laboratory_.train(Configuration("lora", 1e-3), 1, finished=True)
+    one = laboratory_.train(Configuration("lora", 1e-3), 1, all_losses=True, finished=True)
     other = laboratory_.train(Configuration("flat-lora", 1e-3, {"sigma": 0.3, "sigma_schedule": "constant"}), 1)
     assert one["training_losses"][0] != other["training_losses"][0]
     assert set(one["evaluations"][1]) == {"validation", "test", "training", "flat"}
@@ -124,6 +131,94 @@ def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: lab
     assert one["rounded_to_8_bits"] != one["evaluations"][2]["test"]
     again = laboratory_.train(Configuration("lora", 1e-3), 1)
     assert again["training_losses"] == one["training_losses"] and again["evaluations"][2] == one["evaluations"][2]
+
+
+def test_subjects_hold_two_photos_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tasks, "WORK", tmp_path / "work")
+    photographs(tmp_path / "photos", {"bird": 4, "mug": 5})
+    bird, mug = tasks.subjects(tmp_path / "photos", ["bird=bird", "mug=mug"])
+    assert [path.name for path in sorted(bird.folder.iterdir())] == ["0.png", "1.png"]
+    assert [path.name for path in sorted(mug.folder.iterdir())] == ["0.png", "1.png", "2.png"]
+    assert bird.settings == {"instance_prompt": "a TOK bird"} and set(bird.held["test"].captions) == {"a TOK bird"}
+    seen = torch.cat([bird.held[name].pixels.mean(dim=(1, 2, 3)) for name in ("training", "validation", "test")])
+    assert torch.allclose(seen, torch.tensor([0, 40, 80, 120]) / 127.5 - 1, atol=0.01)  # each photo's grey
+    assert bird.held["training"].draws * 2 == mug.held["test"].draws == 64
+    again = tasks.subjects(tmp_path / "photos", ["bird=bird", "mug=mug"])[0]
+    assert again.folder == bird.folder and len(list(again.folder.iterdir())) == 2
+
+
+def test_drawings_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever their order in the packages; of two icons one is red, the other blue."""
+    members = {
+        "data-by-emoji.json": {"\U0001f430": {"name": "Rabbit face"}, "\u2601\ufe0f": {"name": "cloud"}},
+        "emoji.json": [
+            {"category": "Animals & Nature", "subcategory": "", "unified": "2601-FE0F", "image": "2601-fe0f.png"},
+            {"category": "Animals & Nature", "subcategory": "", "unified": "1F430", "image": "1f430.png"},
+        ],
+        "chars.json": {"1f430": "rabbit", "2601": "cloud"},
+        "icons.json": {
+            "width": 8,
+            "height": 8,
+            "icons": {
+                "cloud": {"body": '<rect width="8" height="8" fill="#00f"/>'},
+                "rabbit": {"body": '<rect width="8" height="8" fill="#f00"/>'},
+            },
+        },
+    }
+    pack(tmp_path / "all.tgz", members)
+    monkeypatch.setattr(icons, "fetch_package", lambda *_: tmp_path / "all.tgz")
+    drawn = icons.drawings_of(("some", "1"), ["cloud", "rabbit face"], tmp_path)
+    assert drawn.shape == (2, 3, 64, 64)
+    assert drawn.float().mean(dim=(2, 3)).tolist() == [[0, 0, 255], [255, 0, 0]]
+    members["icons.json"]["icons"].pop("cloud")
+    pack(tmp_path / "all.tgz", members)
+    with pytest.raises(UserError, match="some 1 has no cloud"):
+        icons.drawings_of(("some", "1"), ["cloud"], tmp_path)
+
+
+def test_what_was_chosen_is_trained_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """From the command to the report; a second call trains nothing."""
+    chosen_ones, elsewhere = tmp_path / "quality", tmp_path / "transfer"
+    for configuration in (Configuration("lora", 1e-3), Configuration("nbar", 1e-3, {"bar_strength": 2.0})):
+        write(chosen_ones, configuration, 0, {100: 0.2})
+    monkeypatch.setattr(command, "RESULTS", chosen_ones)
+    monkeypatch.setattr(command, "TRANSFER", elsewhere)
+    monkeypatch.setattr(tasks, "WORK", tmp_path / "work")
+    monkeypatch.setattr(tasks, "DRAWS_OF_PHOTO", 2)
+    monkeypatch.setattr(tasks, "SUBJECT_EVALUATED_AT", (1, 2))
+    monkeypatch.setattr(tasks, "_flat", lambda: tasks.Held(torch.zeros(1, 3, 64, 64), ["a noto icon of a cloud"]))
+    photographs(tmp_path / "photos", {"bird": 3, "mug": 3})
+    words = ["transfer", "--subjects_dir", str(tmp_path / "photos"), "--classes", "bird=bird", "mug=mug"]
+    assert command.main([*words, "--tasks", "bird", "mug"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert command.main([*words, "--tasks", "bird", "mug"]) == 0
+    assert not capsys.readouterr().out
+    text = report(chosen_ones, transfer=elsewhere)
+    assert "Subjects: bird, mug." in text
+    found = [json.loads(path.read_text()) for path in sorted(elsewhere.glob("*/*.json"))]
+    tests = {(run["task"], run["method"]): run["evaluations"]["2"]["test"] for run in found}
+    mean = 1e4 * sum(tests[one, "nbar"] - tests[one, "lora"] for one in ("bird", "mug")) / 2
+    (row,) = (line for line in text.splitlines() if line.startswith("| nbar, lr") and " +- " in line)
+    assert row.split(" | ")[3].startswith(f"{mean:+.0f} +- ")
+    assert command.main([*words, "--tasks", "brid"]) == 2
+    assert "did you mean bird?" in capsys.readouterr().err
+
+
+def pack(path: Path, members: dict) -> None:
+    """As npm packs JSON files."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            entry, text = tarfile.TarInfo(f"package/{name}"), json.dumps(content).encode()
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text))
+
+
+def photographs(folder: Path, counts: dict[str, int]) -> None:
+    """Each of one grey, 40 more than the one before."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (80, 100), (40 * number,) * 3).save(folder / name / f"{number}.png")
 
 
 def test_what_stacking_would_save(

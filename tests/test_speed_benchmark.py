@@ -14,8 +14,8 @@ from benchmarks.speed.bases import SharedBase
 from benchmarks.speed.contenders import BASELINE, specifications
 from benchmarks.speed.measuring import NEIGHBOURS, Runner, in_rounds
 from benchmarks.speed.report import ratio_to_baseline, table
-from bilora_diffusion.config import METHOD_NAMES
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.method_names import METHOD_NAMES
 
 
 def content(samples: dict[str, list[tuple[int, int, float]]]) -> dict:

@@ -13,7 +13,7 @@ import tiny_run
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bilora_diffusion.config import METHOD_NAMES
+from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.processes import on_host
 
 WAITING = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select")

@@ -3,6 +3,8 @@
     choose    trains every candidate of `plan` on seed 0: learning rate and strength are chosen by the loss on the
               validation names at each run's best step
     measure   trains the chosen ones on five other seeds, measures on the test names, draws pictures
+    transfer  trains the chosen ones on other tasks: other styles, a batch of one, and with --subjects_dir DreamBooth's
+              subjects; nothing is chosen there
     rises     how far each perturbation raises the loss of the batch at hand, all at equal norm
     stacking  what the base's passes would cost a row if several adapters were trained stacked over it
     report    benchmarks/results/quality.md from what is there
@@ -23,11 +25,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality import stages
+from benchmarks.recording import rounded
+from bilora_diffusion.commands import exit_code
 
 __all__ = ["main"]
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
 RISES = RESULTS.parent / "rises"
+TRANSFER = RESULTS.parent / "transfer"
 STACKING = RESULTS.parent / "stacking.json"
 SPEED = RESULTS.parent / "speed_medium_cpu.json"
 CHOOSING_SEED = 0
@@ -42,10 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in stages.STAGES:
         return stages.main(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("choose", "measure", "rises", "stacking", "report", *stages.STAGES))
+    parser.add_argument(
+        "stage", choices=("choose", "measure", "transfer", "rises", "stacking", "report", *stages.STAGES)
+    )
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--rates", type=float, nargs="+", help="of `choose`: only these learning rates")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of `measure`")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of `measure` and `transfer`")
+    parser.add_argument("--subjects_dir", type=Path, help="of `transfer`: folders of photos, as DreamBooth's")
+    parser.add_argument("--classes", nargs="+", default=[], help="of `transfer`: class words, as of `dreambench`")
+    parser.add_argument("--tasks", nargs="+", default=[], help="of `transfer`: only these")
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
     arguments = parser.parse_args(words)
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -53,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.quality.report import report
 
         path = RESULTS.parent / "quality.md"
-        path.write_text(report(RESULTS, RISES, STACKING, SPEED))
+        path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER))
         print(path)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -68,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         STACKING.write_text(json.dumps(rounded(stacking(Laboratory()))) + "\n")
         print(STACKING)
         return 0
+    number, of = map(int, arguments.part.split("/"))
+    if arguments.stage == "transfer":
+        from benchmarks.quality.transfer import METHODS, transfer
+
+        wanted = {"methods": arguments.methods or METHODS, "seeds": arguments.seeds, "tasks": arguments.tasks}
+        wanted |= {"subjects_dir": arguments.subjects_dir, "classes": arguments.classes, "part": (number, of)}
+        return exit_code(lambda: transfer(TRANSFER, chosen(RESULTS), **wanted))
     folder = RISES if arguments.stage == "rises" else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "choose":
@@ -77,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         best = chosen(RESULTS)
         methods = arguments.methods or (ASCENTS if arguments.stage == "rises" else sorted(best))
         runs = [(best[method], seed, True) for seed in arguments.seeds for method in methods if method in best]
-    number, of = map(int, arguments.part.split("/"))
     laboratory = None
     for configuration, seed, finished in runs[number - 1 :: of]:
         path = folder / f"{configuration.slug}-seed{seed}.json"
@@ -88,20 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             path.write_text(json.dumps(rounded(rises(laboratory, configuration, seed))) + "\n")
             print(path, flush=True)
             continue
-        found = laboratory.train(configuration, seed, finished)
+        found = laboratory.train(configuration, seed, all_losses=finished, finished=finished)
         path.write_text(json.dumps(rounded(found)) + "\n")
         last = found["evaluations"][max(found["evaluations"])]
         print(f"seed {seed}: {configuration}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.items()), flush=True)
     return 0
-
-
-def rounded(value):
-    """Six digits are more than the measurements carry; the files stay small."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

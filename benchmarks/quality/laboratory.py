@@ -8,47 +8,40 @@ import torch
 
 from benchmarks.quality.measures import pictures, rounding, sharpness
 from benchmarks.quality.plan import Configuration
+from benchmarks.quality.tasks import Held, Task, solid_icons
 from bilora_diffusion.adapters import auxiliary_off
 from bilora_diffusion.assembly import Machine, assemble, read_pictures
 from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import flatten
-from bilora_diffusion.embedded import CONCEPT_FOLDER, EMBEDDED
-from bilora_diffusion.embedded.icons import SOLID_STYLE, Icons, shipped_lists
-from bilora_diffusion.embedded.words import concept_caption, flat_caption
+from bilora_diffusion.embedded import EMBEDDED
+from bilora_diffusion.embedded.icons import Icons, shipped_lists
 from bilora_diffusion.finishing import package_versions
 from bilora_diffusion.prompts import EmbeddedPrompts
 from bilora_diffusion.randomness import generator
 from bilora_diffusion.sdxl import encode_images, latents_from, time_ids
 
-__all__ = ["EVALUATED_AT", "STEPS", "Laboratory"]
+__all__ = ["BATCH", "Laboratory"]
 
-STEPS = 400
-EVALUATED_AT = (50, 100, 150, 200, 300, 400)
-DRAWS = 2  # (timestep, noise) for each icon, the same for all
+STREAMS = {"validation": 0, "test": 1, "training": 2, "flat": 3}
 RANK, ALPHA, BATCH = 4, 8.0, 4
 
 
 class Laboratory:
     """The base, the icons and everything that is the same for all configurations."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: Task | None = None) -> None:
+        self.task = task or solid_icons()
         self.icons, self.lists = Icons.shipped(), shipped_lists()
         self.base = Base(EMBEDDED)
         self.pipeline = self.base.load(*PARTS)
-        solid, flat = concept_caption, lambda name: flat_caption("noto", name)
-        self.evaluations = {
-            "validation": self._draws(SOLID_STYLE, self.lists["validation"], solid, 0),
-            "test": self._draws(SOLID_STYLE, self.lists["test"], solid, 1),
-            "training": self._draws(SOLID_STYLE, self.lists["concept"], solid, 2, 4),
-            "flat": self._draws("noto", self.lists["check"], flat, 3),
-        }
+        self.evaluations = {name: self._draws(held, STREAMS[name]) for name, held in self.task.held.items()}
 
-    def _draws(self, style: str, names: list[str], caption, stream: int, draws: int = DRAWS) -> list[Batch]:
-        """Each icon with some draws, timesteps spread evenly, in batches of 64."""
-        pixels = self.icons.style(style)[self.icons.rows(names)].repeat(draws, 1, 1, 1)
-        captions = [caption(name) for name in names] * draws
+    def _draws(self, held: Held, stream: int) -> list[Batch]:
+        """Each picture with its draws, timesteps spread evenly, in batches of 64."""
+        pixels = held.pixels.repeat(held.draws, 1, 1, 1)
+        captions = list(held.captions) * held.draws
         random = generator(0, "quality", stream)
         moments = encode_images(self.pipeline.vae, pixels)
         latents = latents_from(moments, self.pipeline.vae.config, torch.randn(moments.mean.shape, generator=random))
@@ -77,49 +70,51 @@ class Laboratory:
             for rows in (slice(first, first + 64) for first in range(0, count, 64))
         ]
 
-    @staticmethod
-    def assembled(configuration: Configuration, seed: int):
+    def assembled(self, configuration: Configuration, seed: int):
         """The trainer of one run, as the command builds it."""
-        config = TrainingConfig(
-            pretrained_model_name_or_path=EMBEDDED,
-            instance_data_dir=str(CONCEPT_FOLDER),
-            method=configuration.method,
-            learning_rate=configuration.learning_rate,
-            rank=RANK,
-            lora_alpha=ALPHA,
-            train_batch_size=BATCH,
-            max_train_steps=STEPS,
-            center_crop=True,
-            seed=seed,
-            **configuration.settings,
-        )
+        settings = {
+            "pretrained_model_name_or_path": EMBEDDED,
+            "instance_data_dir": str(self.task.folder),
+            "method": configuration.method,
+            "learning_rate": configuration.learning_rate,
+            "rank": RANK,
+            "lora_alpha": ALPHA,
+            "train_batch_size": BATCH,
+            "max_train_steps": self.task.steps,
+            "center_crop": True,
+            "seed": seed,
+        }
+        config = TrainingConfig(**settings | dict(self.task.settings) | configuration.settings)
         machine = Machine(torch.device("cpu"), torch.float32, 0, 1, lambda: None)
         found, _ = read_pictures(config)
-        return assemble(config, machine, found, seed=seed, steps_of=lambda _: STEPS)
+        return assemble(config, machine, found, seed=seed, steps_of=lambda _: self.task.steps)
 
-    @staticmethod
-    def drawn(parts, step: int) -> list[TrainingMicroBatch]:
+    def drawn(self, parts, step: int) -> list[TrainingMicroBatch]:
         """What a training sees at a step."""
-        rows = flatten([parts.dataset[draw] for draw in range(step * BATCH, (step + 1) * BATCH)])
+        batch = self.task.settings.get("train_batch_size", BATCH)
+        rows = flatten([parts.dataset[draw] for draw in range(step * batch, (step + 1) * batch)])
         return parts.trainer.micro_batches([parts.make_batch(rows)])
 
-    def train(self, configuration: Configuration, seed: int, finished: bool = False) -> dict[str, Any]:
-        """One run. Losses on the validation names at `EVALUATED_AT`, all losses at the end.
+    def train(
+        self, configuration: Configuration, seed: int, *, all_losses: bool = False, finished: bool = False
+    ) -> dict[str, Any]:
+        """One run. Losses on the validation pictures where the task says, all losses at the end.
 
         Arguments:
-            finished: all losses at each, and `measures` of the end.
+            all_losses: at each.
+            finished: with `measures` of the end.
         """
         parts = self.assembled(configuration, seed)
         losses, gaps, evaluations, seconds = [], [], {}, 0.0
-        for step in range(STEPS):
+        for step in range(self.task.steps):
             micro_batches = self.drawn(parts, step)
             if parts.method.perturbs and (step + 1) % 50 == 0:
                 gaps.append(self._gap(parts, micro_batches))
             began = time.perf_counter()
             losses.append(parts.trainer.training_step(micro_batches, step).loss)
             seconds += time.perf_counter() - began
-            if step + 1 in EVALUATED_AT:
-                whole = finished or step + 1 == STEPS
+            if step + 1 in self.task.evaluated_at:
+                whole = all_losses or step + 1 == self.task.steps
                 evaluations[step + 1] = self.evaluate(parts, self.evaluations if whole else ("validation",))
         result = {
             "method": configuration.method,

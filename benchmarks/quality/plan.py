@@ -40,8 +40,23 @@ class Configuration:
 
 STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "lora": [{}, {"steps_per_draw": 2}],
-    "bilora": [{"rho": 0.05}, {}, {"rho": 2.0}, {"rho": 6.0}],
-    "bilora-fresh": [{}, {"ascent_share": 0.5}, {"rho": 1.0}],
+    "bilora": [
+        {"rho": 0.05},
+        {},
+        {"rho": 2.0},
+        {"rho": 6.0},
+        {"rho": 2.0, "ascent": "sgd"},
+        {"rho": 2.0, "ascent": "normalized"},
+    ],
+    "bilora-fresh": [
+        {},
+        {"ascent_share": 0.5},
+        {"rho": 1.0},
+        {"ascent_basis": "gradient"},
+        {"ascent_basis": "gradient", "rho": 1.0},
+        {"ascent_basis": "gradient", "ascent_share": 0.5, "rho": 1.0},
+        {"ascent_basis": "gradient", "ascent_share": 0.25, "rho": 1.0},
+    ],
     "bilora-echo": [{"rho": 0.5}, {"rho": 1.0}, {"rho": 2.0}],
     "dual-lora": [{}],
     "flat-lora": [
@@ -51,7 +66,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     ],
     "rwp-lora": [{"sigma": 0.1}, {"sigma": 0.5}],
     "lora-sam": [{"rho": 0.05}, {"rho": 0.2}, {"rho": 0.5}],
-    "looksam": [{"rho": 0.2}],
+    "looksam": [{"rho": 0.05}, {"rho": 0.2}, {"rho": 0.2, "looksam_every": 2}],
     "s2-sam": [{"rho": 0.05}, {"rho": 0.2}],
     "eflat-lora": [{"rho": 0.01}, {"rho": 0.05}],
     "obar": [{"bar_strength": 0.25}, {"bar_strength": 2.0}, {"bar_strength": 8.0}],

@@ -43,11 +43,18 @@ def kind(run: Mapping[str, Any]) -> str:
     return run["method"] if repeats == 1 else f"{run['method']}, {repeats} steps a draw"
 
 
-def report(folder: Path, rises: Path | None = None, stacking: Path | None = None, speed: Path | None = None) -> str:
+def report(
+    folder: Path,
+    rises: Path | None = None,
+    stacking: Path | None = None,
+    speed: Path | None = None,
+    transfer: Path | None = None,
+) -> str:
     """Markdown.
 
     Arguments:
         folder: of the runs' files.
+        transfer: of the folders of the files of `transfer`.
         rises: of the files of `rises`.
         stacking: the file of `stacking`.
         speed: what `benchmarks.speed` measured, each method's step against LoRA's in turn; the runs' own times are of a
@@ -57,8 +64,11 @@ def report(folder: Path, rises: Path | None = None, stacking: Path | None = None
     best = chosen(folder)
     lines = ["# Which method generalises?", "", *INTRODUCTION, ""]
     measured = [run for run in everything if run["seed"] != CHOOSING_SEED]
+    ratios = costs(speed) if speed is not None else {}
     if measured:
-        lines += _measured(measured, best, costs(speed) if speed is not None else {})
+        lines += _measured(measured, best, ratios)
+    if transfer is not None and transfer.is_dir():
+        lines += _elsewhere(transfer, ratios)
     looked = runs(rises) if rises is not None and rises.is_dir() else []
     if looked:
         lines += _rises(looked)
@@ -222,6 +232,67 @@ def _measured(
         ]
         lines.append("| " + " | ".join([str(best[method]), *cells]) + " |")
     return [*lines, ""]
+
+
+ELSEWHERE = {
+    "3d-batch-1": "the same icons, a picture a step",
+    "high-contrast": "black silhouettes of the same 23 names",
+    "openmoji": "outlines with flat colours, of the same 23 names",
+}
+SUBJECTS = "photographs of one subject: two or three to learn, one to validate, one to test"
+
+
+def _elsewhere(folder: Path, ratios: Mapping[str, float]) -> list[str]:
+    """A table for each task; all subjects are one."""
+    groups: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for run in runs(place):
+            cluster = str(run["seed"]) if place.name in ELSEWHERE else place.name
+            groups.setdefault(ELSEWHERE.get(place.name, SUBJECTS), {})[kind(run), cluster] = run
+    lines = [
+        "## Elsewhere, with the settings chosen above",
+        "",
+        "Nothing was chosen here: learning rates and strengths are those that the 3D icons' validation names chose. "
+        "Columns as above; `flat, last`: what is forgotten, at the end. LoRA's rows have its values, in the losses' "
+        "own units, and their standard error.",
+        "",
+    ]
+    for title, found in groups.items():
+        clusters = sorted({cluster for method, cluster in found if method == "lora"})
+        lines += [
+            f"### {title[0].upper()}{title[1:]}",
+            "",
+            ("Subjects: " if title == SUBJECTS else "Seeds: ") + ", ".join(clusters) + ".",
+            "",
+            "| method | test, best | test, equal time | test, last | training, last | flat, best | flat, last |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        methods = sorted({method for method, _ in found}, key=lambda name: (name != "lora", name))
+        for method in methods:
+            pairs = [(found[method, one], found["lora", one]) for one in clusters if (method, one) in found]
+            if pairs:
+                first = pairs[0][0]
+                chosen_ = Configuration(method.split(",")[0], first["learning_rate"], first["settings"])
+                cells = _transferred_cells(method, pairs, _cost(chosen_, ratios))
+                lines.append("| " + " | ".join([str(chosen_), *cells]) + " |")
+        lines.append("")
+    return lines
+
+
+def _transferred_cells(method: str, pairs: Sequence[tuple[dict, dict]], cost: float | None) -> list[str]:
+    steps = max(map(int, pairs[0][0]["evaluations"]))
+    values = [
+        lambda run: at_best(run, "test"),
+        lambda run: at_best(run, "test", steps if run["method"] == "lora" or cost is None else steps / cost),
+        lambda run: last(run)["test"],
+        lambda run: last(run)["training"],
+        lambda run: at_best(run, "flat"),
+        lambda run: last(run)["flat"],
+    ]
+    cells = [_cell(method, [(value(a), value(b)) for a, b in pairs], 4) for value in values]
+    if cost is None:
+        cells[1] = ""
+    return cells
 
 
 PICTURE_MEASURES = {

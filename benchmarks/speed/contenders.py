@@ -15,10 +15,11 @@ from torch import nn
 
 from benchmarks.speed.bases import SharedBase, sharing_copy
 from bilora_diffusion.assembly import Machine, assemble, read_pictures
-from bilora_diffusion.config import METHOD_NAMES, TrainingConfig
+from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import flatten
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.fused import unfuse
+from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.processes import on_host
 from bilora_diffusion.randomness import generator
 

@@ -36,6 +36,7 @@ __all__ = [
     "STYLES",
     "Icons",
     "concept_pictures",
+    "drawings_of",
     "fetch_package",
     "from_bytes",
     "on_white",
@@ -179,13 +180,11 @@ def prepare(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be used as a folder: {error.strerror}") from error
-    with tarfile.open(fetch_package(*NAMES_PACKAGE, folder)) as archive:
-        short_names = json.load(archive.extractfile("package/data-by-emoji.json"))
-    noto_archive = fetch_package(*NOTO_PACKAGE, folder)
-    with tarfile.open(noto_archive) as archive:
-        entries = _selected(json.load(archive.extractfile("package/emoji.json")), short_names)
+    entries = _entries(folder)
     styles = {
-        "noto": _pictures(noto_archive, {f"package/img/google/64/{code}.png": code for code in entries}),
+        "noto": _pictures(
+            fetch_package(*NOTO_PACKAGE, folder), {f"package/img/google/64/{code}.png": code for code in entries}
+        ),
         "twemoji": _pictures(
             fetch_package(*TWEMOJI_PACKAGE, folder), {f"package/img/twitter/64/{code}.png": code for code in entries}
         ),
@@ -217,6 +216,33 @@ def concept_pictures(path: Path) -> dict[str, Image.Image]:
     with np.load(path) as arrays:
         names, pictures = arrays["concept_names"].tolist(), arrays["concept"]
     return {name: Image.fromarray(picture.transpose(1, 2, 0)) for name, picture in zip(names, pictures, strict=True)}
+
+
+def drawings_of(package: tuple[str, str], names: Sequence[str], folder: Path) -> Tensor:
+    """The icons of one of Iconify's packages, by name: (N, 3, 64, 64), uint8, on white.
+
+    Arguments:
+        package: its name and version.
+        folder: of the packages; those that are missing are fetched.
+
+    Raises:
+        UserError: npm is missing, could not fetch a package, or the package lacks a name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    code_of = {name: code for code, (name, _) in _entries(folder).items()}
+    drawn = _drawings(fetch_package(*package, folder), [code_of[name] for name in names])
+    missing = [name for name in names if code_of[name] not in drawn]
+    if missing:
+        raise UserError(f"{package[0]} {package[1]} has no {', '.join(missing)}")
+    return torch.from_numpy(np.stack([drawn[code_of[name]] for name in names]))
+
+
+def _entries(folder: Path) -> dict[str, tuple[str, str]]:
+    """Code points as in file names -> name and family, of what is selected."""
+    with tarfile.open(fetch_package(*NAMES_PACKAGE, folder)) as archive:
+        short_names = json.load(archive.extractfile("package/data-by-emoji.json"))
+    with tarfile.open(fetch_package(*NOTO_PACKAGE, folder)) as archive:
+        return _selected(json.load(archive.extractfile("package/emoji.json")), short_names)
 
 
 def _shipped_names() -> dict:

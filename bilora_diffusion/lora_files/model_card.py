@@ -73,6 +73,7 @@ SETTINGS = {
     "auxiliary_rank": "rank of the second adapter",
     "ascent_share": "share of the rows in the ascent pass",
     "ascent_every": "steps from one ascent pass to the next",
+    "ascent_basis": "directions of the ascent",
     "sigma": "sigma (noise as a share of the norm)",
     "sigma_schedule": "course of the noise",
     "looksam_every": "steps from one second pass to the next",

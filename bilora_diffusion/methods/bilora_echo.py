@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import LowRank, auxiliary_off
-from bilora_diffusion.methods.gradient_sketch import GradientSketch
+from bilora_diffusion.methods.gradient_sketch import GradientSketch, fill
 from bilora_diffusion.methods.interface import Method, MicroBatch, backward_each, without_gradients
 
 __all__ = ["BiLoRAEcho"]
@@ -83,12 +83,7 @@ class BiLoRAEcho(Method):
         if not self._collected:
             self._empty()
             return
-        factors = self.sketch.factors()
-        norm = torch.stack([A.square().sum() for _, A in factors]).sum().sqrt()  # the columns of B are orthonormal
-        size = torch.where(norm > 0, self.rho / norm, 0.0)
-        for layer, (B, A) in zip(self.layers, factors, strict=True):
-            layer.B.copy_(B.view_as(layer.B))
-            layer.A.copy_((A * (size / layer.scale)).view_as(layer.A))
+        fill(self.layers, self.sketch.factors(), self.rho)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step}

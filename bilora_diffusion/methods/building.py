@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, add_adapter, low_rank_layers, parameters_of
-from bilora_diffusion.config import METHOD_NAMES, TrainingConfig
+from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.methods.ascent import Ascent, NormalizedAscent, OptimizerAscent
 from bilora_diffusion.methods.balancedness import Balancedness
 from bilora_diffusion.methods.bilora import BiLoRA
@@ -207,10 +208,14 @@ def _bilora_fresh(setting: Setting) -> tuple[Method, Radius]:
         "auxiliary_rank": config.auxiliary_rank or config.rank,
         "ascent_share": config.ascent_share,
         "ascent_every": config.ascent_every,
+        "ascent_basis": config.ascent_basis,
     }
     if not layers:
         return _told(LoRA(), **settings), ball
-    method = BiLoRAFresh(layers, setting.primary, ball.rho, config.ascent_share, config.ascent_every)
+    sketch = None
+    if config.ascent_basis == "gradient":
+        sketch = GradientSketch(setting.models, config.auxiliary_rank or config.rank, setting.seed)
+    method = BiLoRAFresh(layers, setting.primary, ball.rho, config.ascent_share, config.ascent_every, sketch)
     return _told(method, **settings), ball
 
 

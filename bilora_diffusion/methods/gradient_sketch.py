@@ -16,13 +16,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from bilora_diffusion.adapters import adapted_layers, wide_dtype
+from bilora_diffusion.adapters import LowRank, adapted_layers, wide_dtype
 from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.fused import FusedLinear, tap
 from bilora_diffusion.processes import average, process_count, process_number
 from bilora_diffusion.randomness import stream_seed
 
-__all__ = ["OVERSAMPLING", "GradientSketch"]
+__all__ = ["OVERSAMPLING", "GradientSketch", "fill"]
 
 OVERSAMPLING = 4
 """Directions beside the r wanted; the usual number is 5 to 10, and 4 find what r = 4 is used for here."""
@@ -86,6 +86,19 @@ class GradientSketch:
             B, A = zip(*(next(solved) for _ in some), strict=True)
             sums.append((torch.cat(B, 1), torch.cat(A)))
         return _cut(_of_all_processes(sums), self.rank)
+
+
+@torch.no_grad()
+def fill(layers: Sequence[LowRank], factors: Sequence[Factors], rho: float) -> None:
+    """Makes an adapter the direction of `GradientSketch.factors`, with ||s B A||_F = rho over all layers.
+
+    A gradient of zero leaves it zero.
+    """
+    norm = torch.stack([A.square().sum() for _, A in factors]).sum().sqrt()  # the columns of B are orthonormal
+    size = torch.where(norm > 0, rho / norm, 0.0)
+    for layer, (B, A) in zip(layers, factors, strict=True):
+        layer.B.copy_(B.view_as(layer.B))
+        layer.A.copy_((A * (size / layer.scale)).view_as(layer.A))
 
 
 def _listen(layer: BaseTunerLayer, collect: Callable[[Tensor, Tensor], None]) -> Callable[[], object]:

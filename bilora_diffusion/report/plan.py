@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilora_diffusion.command_line import parse
-from bilora_diffusion.config import METHOD_NAMES, TrainingConfig
+from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import nearest, show
 from bilora_diffusion.lora_files.description import METHOD_TITLES
+from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.paired import MOST_PAIRS
 
 __all__ = ["Training", "check_methods", "check_seeds", "plan", "title", "without_token"]

@@ -1,0 +1,81 @@
+"""What was chosen on the 3D icons, trained on other tasks: does what was seen there hold elsewhere?"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.quality.laboratory import Laboratory
+from benchmarks.quality.plan import Configuration
+from benchmarks.quality.tasks import STYLES, Task, batch_of_one, style, subjects
+from benchmarks.recording import rounded
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.flags import nearest, show
+
+__all__ = ["METHODS", "transfer"]
+
+METHODS = ("lora", "lora, 2 steps a draw", "bilora", "bilora-echo", "bilora-fresh", "flat-lora", "looksam", "nbar")
+"""Those that differ from LoRA on the 3D icons, and the control; obar and nbar cannot be told apart."""
+SEED_OF_SUBJECTS = 1
+"""Subjects are repeats of each other, as seeds are of a style."""
+
+
+def transfer(
+    folder: Path,
+    best: Mapping[str, Configuration],
+    *,
+    methods: Sequence[str] = METHODS,
+    seeds: Sequence[int],
+    tasks: Sequence[str] = (),
+    subjects_dir: Path | None = None,
+    classes: Sequence[str] = (),
+    part: tuple[int, int] = (1, 1),
+) -> None:
+    """Trains what has no file yet in a folder of the task's name.
+
+    Arguments:
+        best: what was chosen, by method.
+        tasks: names; empty: all.
+        subjects_dir: of DreamBooth's subjects; None: without them.
+        classes: their class words; see `concepts.dreambooth_concepts`.
+        part: (i, n): every n-th run, from the i-th.
+
+    Raises:
+        UserError: a task is not known, or its pictures cannot be had.
+    """
+    makers: dict[str, Callable[[], Task]] = {"3d-batch-1": batch_of_one}
+    makers |= {name: lambda name=name: style(name) for name in STYLES}
+    runs = [(name, seed, method) for name in makers for seed in seeds for method in methods]
+    if subjects_dir is not None:
+        photographed = {task.name: task for task in subjects(subjects_dir, classes)}
+        makers |= {name: lambda task=task: task for name, task in photographed.items()}
+        runs += [(name, SEED_OF_SUBJECTS, method) for name in photographed for method in methods]
+    for name in tasks:
+        if name not in makers:
+            guess = nearest(name, makers)
+            hint = f"did you mean {guess}?" if guess else f"there are {', '.join(makers)}"
+            raise UserError(f"--tasks: {show(name)} is none: {hint}")
+    number, of = part
+    wanted = [run for run in runs if run[2] in best and (not tasks or run[0] in tasks)]
+    _train(folder, best, makers, wanted[number - 1 :: of])
+
+
+def _train(folder, best, makers, runs) -> None:
+    for task, seed, configuration, path in _missing(folder, best, makers, runs):
+        found = task.train(configuration, seed, all_losses=True)
+        path.write_text(json.dumps(rounded(found | {"task": task.task.name})) + "\n")
+        last = found["evaluations"][max(found["evaluations"])]
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in last.items())
+        print(f"{task.task.name}, seed {seed}: {configuration}: {losses}", flush=True)
+
+
+def _missing(folder, best, makers, runs) -> Iterator[tuple[Laboratory, int, Configuration, Path]]:
+    """A laboratory is made once for the runs of a task, which stand together."""
+    laboratory = None
+    for name, seed, method in runs:
+        path = folder / name / f"{best[method].slug}-seed{seed}.json"
+        if path.exists():
+            continue
+        if laboratory is None or laboratory.task.name != name:
+            laboratory = Laboratory(makers[name]())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield laboratory, seed, best[method], path
