@@ -157,9 +157,10 @@ class TrainingConfig:
     auxiliary_weight_decay: float = flag(
         0.0, "weight decay of the adamw and sgd ascent", group=METHOD, within=NOT_NEGATIVE, origin="bilora"
     )
-    ascent_share: float = flag(
-        1.0,
-        "share of the step's rows that the ascent pass of bilora-fresh and lora-sam sees: less is faster",
+    ascent_share: float | None = flag(
+        None,
+        "share of the step's rows that the ascent pass of bilora-fresh and lora-sam sees: less is faster; unset: 0.5 "
+        "for bilora-fresh, 1 for lora-sam",
         group=METHOD,
         within=Range(0, 1, open_low=True),
         origin="bilora",
@@ -171,10 +172,10 @@ class TrainingConfig:
         within=AT_LEAST_ONE,
         origin="bilora",
     )
-    ascent_basis: Literal["tracked", "gradient"] = flag(
-        "tracked",
-        "directions that bilora-fresh climbs along: those that persist in the gradients from step to step, or the "
-        "strongest of the batch's own gradient, which climbs higher",
+    ascent_basis: Literal["gradient", "tracked"] = flag(
+        "gradient",
+        "directions that bilora-fresh climbs along: the strongest of the batch's own gradient, or those that persist "
+        "in the gradients from step to step, which climb less high",
         group=METHOD,
         origin="bilora",
     )

@@ -147,6 +147,18 @@ def test_a_sketch_in_float16_neither_overflows_nor_vanishes(size: float):
     assert ((found - G).norm() / G.norm()).item() < 0.02
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_sketch_is_not_hidden(bad: float):
+    """Nor is it an error: whoever uses it finds a loss that is not finite, and skips the step."""
+    draw = torch.Generator().manual_seed(0)
+    x, g = torch.randn(64, 24, generator=draw), torch.randn(64, 16, generator=draw)
+    fine = _sketch(x, g, 8, seed=0)
+    g[3, 5] = bad
+    (_, spoilt), (_, whole) = _cut(_solved([_sketch(x, g, 8, seed=0), fine]), 3)
+    assert not spoilt.isfinite().any()
+    assert torch.equal(whole, _cut(_solved([fine]), 3)[0][1])
+
+
 # --- the draws ---
 
 

@@ -67,6 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "looksam": {"method": "looksam", "rho": 0.5, "looksam_every": 3, **SMALL},
     "bilora-echo": {"method": "bilora-echo", "rho": 0.5, "steps_per_draw": 3, **SMALL},
     "bilora-fresh": {"method": "bilora-fresh", "rho": 0.5, "ascent_every": 2, "sigma": 0.2, **SMALL},
+    "bilora-fresh tracked": {"method": "bilora-fresh", "ascent_basis": "tracked", "rho": 0.5, "sigma": 0.2, **SMALL},
     "base prediction": {
         "with_prior_preservation": True,
         "prior_source": "base_prediction",

@@ -38,9 +38,11 @@ def chosen(folder: Path) -> dict[str, Configuration]:
 
 
 def kind(run: Mapping[str, Any]) -> str:
-    """The method, and the draws where they are not a method's own: a control has a row to itself."""
+    """The method, and what sets a control or another form of it apart: those have a row to themselves."""
     repeats = run["settings"].get("steps_per_draw", 1)
-    return run["method"] if repeats == 1 else f"{run['method']}, {repeats} steps a draw"
+    if repeats > 1:
+        return f"{run['method']}, {repeats} steps a draw"
+    return f"{run['method']}, tracked" if run["settings"].get("ascent_basis") == "tracked" else run["method"]
 
 
 def report(

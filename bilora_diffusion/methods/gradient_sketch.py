@@ -136,7 +136,8 @@ def _solved(pieces: Sequence[Factors]) -> list[Factors]:
     for members in _of_one_size(pieces):
         gram = torch.stack([pieces[index][0].mT @ pieces[index][0] for index in members])
         dtype = wide_dtype(gram.device)
-        inverse = torch.linalg.pinv(gram.to(dtype), hermitian=True, rtol=_noise(gram.dtype)).to(gram.dtype)
+        finite, mark = _decomposable(gram.to(dtype))
+        inverse = (torch.linalg.pinv(finite, hermitian=True, rtol=_noise(gram.dtype)) + mark).to(gram.dtype)
         for place, index in enumerate(members):
             Y, Zt = pieces[index]
             solved[index] = Y, inverse[place] @ Zt
@@ -149,6 +150,11 @@ def _of_one_size(factors: Sequence[Factors]) -> list[list[int]]:
     for index, (B, _) in enumerate(factors):
         groups.setdefault(B.shape[1], []).append(index)
     return list(groups.values())
+
+
+def _decomposable(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, k, k) without what is not finite, which a decomposition refuses, and what puts that back: NaN, else 0."""
+    return gram.nan_to_num(0.0, 0.0, 0.0), (gram * 0).sum((1, 2), keepdim=True)
 
 
 def _noise(dtype: torch.dtype) -> float:
@@ -195,13 +201,15 @@ def _cut(sums: Sequence[Factors], rank: int) -> list[Factors]:
         gram_B = torch.stack([sums[index][0].mT @ sums[index][0] for index in members]).to(dtype)
         gram_A = torch.stack([sums[index][1] @ sums[index][1].mT for index in members]).to(dtype)
         # B = Q root W' with orthonormal Q, so that B A = Q (root W' A), whose Gram matrix is small.
-        values, W = torch.linalg.eigh(gram_B)
+        finite, mark = _decomposable(gram_B)
+        values, W = torch.linalg.eigh(finite)
         usable = values > _noise(sums[members[0]][0].dtype) * values.amax(1, keepdim=True)
         root = values.clamp_min(0).sqrt() * usable
         inverse = torch.where(usable, 1 / values.clamp_min(torch.finfo(dtype).tiny).sqrt(), 0.0)
         down = root[:, :, None] * W.mT
-        _, P = torch.linalg.eigh(down @ gram_A @ down.mT)
-        P = P.flip(2)[:, :, :rank]
+        finite, other_mark = _decomposable(down @ gram_A @ down.mT)
+        _, P = torch.linalg.eigh(finite)
+        P = P.flip(2)[:, :, :rank] + mark + other_mark
         left, right = W @ (inverse[:, :, None] * P), P.mT @ down
         for place, index in enumerate(members):
             B, A = sums[index]
