@@ -9,6 +9,8 @@ from pathlib import Path
 
 from bilora_diffusion.embedded import EMBEDDED
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.flags import nearest
+from bilora_diffusion.model_names import existing_path
 
 __all__ = ["AUTH_VARIABLE", "Options", "parse"]
 
@@ -56,6 +58,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     for folder in given.lora_dir or ():
         if not Path(folder).is_dir():
             raise UserError(f"--lora_dir {folder} is no folder: check the path")
+    for base in given.base or ():
+        _check_base(base)
     return Options(
         bases=tuple(dict.fromkeys(given.base or (EMBEDDED,))),
         lora_dirs=tuple(Path(folder) for folder in given.lora_dir or ("outputs",)),
@@ -91,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         "--allow_training", action="store_true", help="start and stop runs also where others can reach the app"
     )
     return parser
+
+
+def _check_base(name: str) -> None:
+    """A mistyped path or built-in name; whether the hub has a model only a download can tell."""
+    on_disk = existing_path(name, "--base") is not None
+    if not on_disk and "/" not in name and name != EMBEDDED and nearest(name, [EMBEDDED]):
+        raise UserError(f"--base {name}: did you mean {EMBEDDED}? A model on the hub is owner/name")
 
 
 def _folder(text: str) -> Path:

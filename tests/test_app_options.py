@@ -57,6 +57,8 @@ def test_this_machine_needs_none(words: list[str], monkeypatch: pytest.MonkeyPat
     options = parse(words)
     assert options.auth is None and options.training and options.bases == ("embedded",)
     assert parse([]).host == "127.0.0.1"
+    bases = ("tiny-random", "owner/model", "embedded")
+    assert parse([word for base in bases for word in ("--base", base)]).bases == bases
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,10 @@ def test_this_machine_needs_none(words: list[str], monkeypatch: pytest.MonkeyPat
         (["--port", "0"], "--port is 0"),
         (["--port", "99999"], "--port is 99999"),
         (["--lora_dir", "/nowhere/at/all"], "is no folder"),
+        (["--base", "/nowhere/at/all"], "--base: there is no file or folder /nowhere/at/all"),
+        (["--base", "sdxl.safetensors"], "there is no file or folder sdxl.safetensors"),
+        (["--base", "https://a.b/c"], "is an address"),
+        (["--base", "embeded"], "did you mean embedded?"),
     ],
 )
 def test_mistakes_get_one_line(words: list[str], text: str, capsys: pytest.CaptureFixture) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 from benchmarks.quality.plan import Configuration
 from benchmarks.speed.report import ratio_to_baseline
+from bilora_diffusion.method_names import BALL_METHODS
 from bilora_diffusion.paired import half_width
 
 __all__ = ["PICTURE_MEASURES", "at_best", "chosen", "report"]
 
 CHOOSING_SEED = 0
+NOISE = ", noise on top"
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
@@ -38,11 +40,18 @@ def chosen(folder: Path) -> dict[str, Configuration]:
 
 
 def kind(run: Mapping[str, Any]) -> str:
+    """As `kind_of` its configuration."""
+    return kind_of(Configuration(run["method"], run["learning_rate"], run["settings"]))
+
+
+def kind_of(configuration: Configuration) -> str:
     """The method, and what sets a control or another form of it apart: those have a row to themselves."""
-    repeats = run["settings"].get("steps_per_draw", 1)
-    if repeats > 1:
-        return f"{run['method']}, {repeats} steps a draw"
-    return f"{run['method']}, tracked" if run["settings"].get("ascent_basis") == "tracked" else run["method"]
+    method, settings = configuration.method, configuration.settings
+    if settings.get("steps_per_draw", 1) > 1:
+        return f"{method}, {settings['steps_per_draw']} steps a draw"
+    if settings.get("ascent_basis") == "tracked":
+        return f"{method}, tracked"
+    return f"{method}{NOISE}" if settings.get("sigma") and method in BALL_METHODS else method
 
 
 def report(
@@ -87,9 +96,14 @@ def costs(speed: Path) -> dict[str, float]:
 
 
 def _cost(configuration: Configuration, ratios: Mapping[str, float]) -> float | None:
-    """That of a configuration: of a second pass on a share of the batch, so much of what the whole one adds."""
+    """That of a configuration: of a second pass on a share of the batch so much of what the whole one adds; on top of
+    it the noise's.
+    """
     ratio = ratios.get(configuration.method)
-    return None if ratio is None else 1 + configuration.settings.get("ascent_share", 1.0) * (ratio - 1)
+    if ratio is None:
+        return None
+    noise = ratios["flat-lora"] - 1 if kind_of(configuration).endswith(NOISE) else 0.0
+    return 1 + configuration.settings.get("ascent_share", 1.0) * (ratio - 1) + noise
 
 
 def _stacking(found: Mapping[str, Any]) -> list[str]:

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from bilora_diffusion.bases.fetching import existing_path, fetch
+from bilora_diffusion.bases.fetching import fetch
 from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.bases.weights import open_safetensors
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.measures import ClipJudge
+from bilora_diffusion.model_names import existing_path
 
 __all__ = ["Captioner", "Dino", "Model", "find_model", "open_clip"]
 

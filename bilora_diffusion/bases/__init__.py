@@ -13,13 +13,14 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-from bilora_diffusion.bases.fetching import existing_path, fetch, may_be_hub_id
+from bilora_diffusion.bases.fetching import fetch
 from bilora_diffusion.bases.folder import CONFIG_FILES, PARTS, BaseFolder, read_part, weight_patterns
 from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.bases.single_file import SingleFile, vae_from_file
 from bilora_diffusion.bases.tiny import TINY_RANDOM, build_tiny_random, tiny_random_configurations
 from bilora_diffusion.embedded import BASE_FOLDER, EMBEDDED
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.model_names import existing_path, may_be_hub_id
 
 __all__ = ["BUILT_IN", "PARTS", "Base"]
 
