@@ -74,7 +74,8 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {
     "bilora": (3, {}),
     "lora-sam": (3, {}),
     "flat-lora": (6, {}),  # its ramp begins without noise
-    "bilora-fresh": (6, {"ascent_share": 0.5}),  # two passes, of other gradients and fewer rows
+    # two passes, of other gradients and fewer rows
+    "bilora-fresh": (6, {"ascent_share": 0.5, "ascent_basis": "tracked"}),
 }
 """The programs that there may be: for a block's two widths, and for one whose input has no gradient."""
 

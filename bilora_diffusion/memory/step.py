@@ -105,7 +105,8 @@ def _gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def _method(config: TrainingConfig, models: Mapping[str, nn.Module]) -> methods.Method:
-    changes: dict[str, Any] = {"sigma": None, "seed": 0}  # noise draws numbers: `_noise_bytes` has what it takes
+    # Noise and sketches draw numbers: `_noise_bytes` and `_sketch_bytes` have what they take.
+    changes: dict[str, Any] = {"sigma": None, "seed": 0, "ascent_basis": "tracked"}
     if config.method in NOISE_METHODS:
         changes["method"] = "lora"
     rates = dict.fromkeys(models, config.learning_rate)
@@ -162,8 +163,8 @@ def _optimiser_bytes(config: TrainingConfig, primary: list[nn.Parameter]) -> int
 
 
 def _sketch_bytes(config: TrainingConfig, models: Mapping[str, nn.Module]) -> int:
-    """Of bilora-echo's first steps: two thin matrices for each layer."""
-    if config.method != "bilora-echo":
+    """Of bilora-echo's first steps and bilora-fresh's ascent passes: two thin matrices for each layer."""
+    if config.method != "bilora-echo" and (config.method, config.ascent_basis) != ("bilora-fresh", "gradient"):
         return 0
     columns = (config.auxiliary_rank or config.rank) + OVERSAMPLING
     shapes = [layer.get_base_layer().weight.shape for model in models.values() for _, layer in adapted_layers(model)]
