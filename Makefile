@@ -6,8 +6,8 @@ READY := $(VENV)/.ready
 # Apart, for the tests that need them: peft imports them wherever it finds them, which takes each process seconds.
 QUANTISED := $(VENV)/quantised
 
-.PHONY: demo app app-picture report report-picture setup test test-slow benchmark-quality benchmark-speed lint format flags \
-	clean
+.PHONY: demo app app-picture report report-picture setup test test-slow benchmark-quality benchmark-transfer \
+	benchmark-speed lint format flags clean
 
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -52,6 +52,10 @@ benchmark-quality: setup  ## all methods on the embedded base: hours on two core
 		$(BIN)/python -m benchmarks.quality $$stage --part 2/2 && wait $$one || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.quality rises --seeds 1 2
+	$(BIN)/python -m benchmarks.quality report
+
+benchmark-transfer: setup  ## what was chosen there on other concepts (npm); ARGS="--subjects_dir ... --classes ..." adds photos
+	$(BIN)/python -m benchmarks.quality transfer $(ARGS)
 	$(BIN)/python -m benchmarks.quality report
 
 report: setup  ## train LoRA and Bi-LoRA on the 3D icons with three seeds, measure them, write outputs/report/report.html

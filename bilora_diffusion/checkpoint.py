@@ -52,6 +52,8 @@ STATE_FILE = "training_state.pt"
 FACTS_FILE = "checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What reading a file that is cut short or is something else can raise.
+BEFORE_THE_FLAG = {"ascent_basis": "tracked"}
+"""What runs did whose checkpoints were made before there was such a flag."""
 _DAMAGE = (OSError, ValueError, RuntimeError, EOFError, TypeError, KeyError, pickle.PickleError, SafetensorError)
 
 
@@ -190,7 +192,7 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
     except _DAMAGE as error:
         raise _damaged(path, error) from None
     for flag, value in identity.items():
-        saved = saved_identity.get(flag)
+        saved = saved_identity.get(flag, BEFORE_THE_FLAG.get(flag))
         if saved != value:
             raise UserError(
                 f"{path} was made with --{flag} {_shown(saved)}, this run has {_shown(value)}: "

@@ -327,6 +327,8 @@ def _identity(config: TrainingConfig) -> dict[str, Any]:
         identity["auxiliary_rank"] = config.auxiliary_rank or config.rank
     if config.method == "bilora":
         identity["ascent"] = config.ascent
+    if config.method == "bilora-fresh":
+        identity["ascent_basis"] = config.ascent_basis
     return identity
 
 

@@ -1,5 +1,6 @@
 """Steps that see the same rows under another noise, and the sketch of a gradient that the second of them follows."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -217,6 +218,25 @@ def test_a_checkpoint_of_other_draws_is_refused(pictures: Path, tmp_path: Path, 
     flags["max_train_steps"] = 4
     told = refusal(words(pictures, tmp_path, resume_from_checkpoint="latest", **flags), capsys)
     assert "was made with --steps_per_draw 2" in told
+
+
+def test_an_older_checkpoint_of_bilora_fresh_goes_on_along_tracked_rows(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """They were made before there was another basis, and do not name it."""
+    flags = {"lora_layers": "to_q", "max_train_steps": 2, "checkpointing_steps": 1, "method": "bilora-fresh"}
+    with quickened():
+        train(pictures, tmp_path, ascent_basis="tracked", **flags)
+    file = tmp_path / "checkpoint-2" / "checkpoint.json"
+    facts = json.loads(file.read_text())
+    assert facts["identity"].pop("ascent_basis") == "tracked"
+    file.write_text(json.dumps(facts))
+    flags["max_train_steps"] = 3
+    told = refusal(words(pictures, tmp_path, resume_from_checkpoint="latest", **flags), capsys)
+    assert "was made with --ascent_basis tracked, this run has gradient" in told
+    with quickened():
+        train(pictures, tmp_path, resume_from_checkpoint="latest", ascent_basis="tracked", **flags)
+    assert summary(tmp_path)["steps"] == 3
 
 
 def test_one_step_a_draw_is_refused_with_echo():
