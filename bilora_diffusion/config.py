@@ -181,8 +181,8 @@ class TrainingConfig:
     )
     sigma: float | None = flag(
         None,
-        "norm of the noise of flat-lora, rwp-full and rwp-lora as a share of the weights', unset: 0.1; with bilora and "
-        "bilora-fresh flat-lora's noise on top, unset: none",
+        "norm of the noise of flat-lora, rwp-full and rwp-lora as a share of the weights', unset: 0.1; with bilora, "
+        "bilora-fresh and bilora-echo flat-lora's noise on top, unset: none",
         group=METHOD,
         within=NOT_NEGATIVE,
         origin="bilora",

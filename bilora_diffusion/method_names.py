@@ -1,6 +1,6 @@
 """What can stand behind `--method`, and which flags each method reads. Imports nothing: `--help` is made from it."""
 
-__all__ = ["BALL_METHODS", "FLAGS_OF_METHODS", "METHOD_NAMES"]
+__all__ = ["BALL_METHODS", "FLAGS_OF_METHODS", "METHOD_NAMES", "WITH_NOISE"]
 
 METHOD_NAMES = (
     "bilora",
@@ -20,6 +20,7 @@ METHOD_NAMES = (
 )
 
 BALL_METHODS = ("bilora", "bilora-fresh", "bilora-echo", "dual-lora")  # they have a second adapter, held in a ball
+WITH_NOISE = ("bilora", "bilora-fresh", "bilora-echo")  # flat-lora's, on top, where `--sigma` is given
 FLAGS_OF_METHODS: dict[str, tuple[str, ...]] = {
     "rho": (*BALL_METHODS, "lora-sam", "looksam", "s2-sam", "eflat-lora"),
     "rho_relative": BALL_METHODS,
@@ -32,8 +33,8 @@ FLAGS_OF_METHODS: dict[str, tuple[str, ...]] = {
     "ascent_share": ("lora-sam", "bilora-fresh"),
     "ascent_every": ("bilora-fresh",),
     "ascent_basis": ("bilora-fresh",),
-    "sigma": ("flat-lora", "rwp-full", "rwp-lora", "bilora", "bilora-fresh"),
-    "sigma_schedule": ("flat-lora", "bilora", "bilora-fresh"),
+    "sigma": ("flat-lora", "rwp-full", "rwp-lora", *WITH_NOISE),
+    "sigma_schedule": ("flat-lora", *WITH_NOISE),
     "looksam_every": ("looksam",),
     "looksam_alpha": ("looksam",),
     "eflat_beta": ("eflat-lora",),

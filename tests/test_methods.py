@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilora_diffusion import assembly, methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, auxiliary_off, low_rank_layers, product_norm
-from bilora_diffusion.method_names import METHOD_NAMES
+from bilora_diffusion.method_names import METHOD_NAMES, WITH_NOISE
 from bilora_diffusion.methods.ascent import NormalizedAscent, OptimizerAscent
 from bilora_diffusion.methods.ball import clip_to_ball
 from bilora_diffusion.methods.bilora import BiLoRA
@@ -355,7 +355,7 @@ def test_a_perturbation_leaves_no_trace(build, method):
     assert all_equal(run.tensors(), other.tensors())
 
 
-@pytest.mark.parametrize("method", ["bilora", "bilora-fresh"])
+@pytest.mark.parametrize("method", WITH_NOISE)
 def test_noise_on_top(build, method):
     flags = {**STRONG[method], "sigma_schedule": "constant"}
     alone, together, again = (

@@ -59,7 +59,12 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 0.475734, "ascent_share": 0.5, "ascent_basis": "tracked"},
         {"rho": 1.0, "ascent_share": 1.0, "ascent_basis": "tracked"},
     ],
-    "bilora-echo": [{"rho": 0.5}, {"rho": 1.0}, {"rho": 2.0}],
+    "bilora-echo": [
+        {"rho": 0.5},
+        {"rho": 1.0},
+        {"rho": 2.0},
+        {"rho": 1.0, "sigma": 0.5, "sigma_schedule": "constant"},
+    ],
     "dual-lora": [{}],
     "flat-lora": [
         {"sigma": 0.1},

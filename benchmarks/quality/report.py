@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.quality.plan import Configuration
 from benchmarks.speed.report import ratio_to_baseline
-from bilora_diffusion.method_names import BALL_METHODS
+from bilora_diffusion.method_names import WITH_NOISE
 from bilora_diffusion.paired import half_width
 
 __all__ = ["PICTURE_MEASURES", "at_best", "chosen", "report"]
@@ -51,7 +51,7 @@ def kind_of(configuration: Configuration) -> str:
         return f"{method}, {settings['steps_per_draw']} steps a draw"
     if settings.get("ascent_basis") == "tracked":
         return f"{method}, tracked"
-    return f"{method}{NOISE}" if settings.get("sigma") and method in BALL_METHODS else method
+    return f"{method}{NOISE}" if settings.get("sigma") and method in WITH_NOISE else method
 
 
 def report(

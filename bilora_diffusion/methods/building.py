@@ -9,7 +9,7 @@ from torch import nn
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, add_adapter, low_rank_layers, parameters_of
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.method_names import METHOD_NAMES
+from bilora_diffusion.method_names import METHOD_NAMES, WITH_NOISE
 from bilora_diffusion.methods.ascent import Ascent, NormalizedAscent, OptimizerAscent
 from bilora_diffusion.methods.balancedness import Balancedness
 from bilora_diffusion.methods.bilora import BiLoRA
@@ -98,7 +98,7 @@ def build(
     """
     setting = Setting(config, models, rates, auxiliary_rates, seed, steps)
     method, ball = _BUILDERS[config.method](setting)
-    if config.sigma and config.method in ("bilora", "bilora-fresh"):
+    if config.sigma and config.method in WITH_NOISE:
         method = Combined(method, _flat_lora(setting)[0])
     return method, ball
 
