@@ -51,9 +51,9 @@ FACTORS_FILE = "factors.safetensors"
 STATE_FILE = "training_state.pt"
 FACTS_FILE = "checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What reading a file that is cut short or is something else can raise.
 BEFORE_THE_FLAG = {"ascent_basis": "tracked"}
 """What runs did whose checkpoints were made before there was such a flag."""
+# What reading a file that is cut short or is something else can raise.
 _DAMAGE = (OSError, ValueError, RuntimeError, EOFError, TypeError, KeyError, pickle.PickleError, SafetensorError)
 
 

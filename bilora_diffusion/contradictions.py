@@ -204,6 +204,13 @@ def remarks(config: "TrainingConfig") -> list[tuple[bool, str]]:
             "the radius is 0: this run is plain LoRA, without a perturbation",
         ),
         (
+            config.method == "bilora-fresh"
+            and config.ascent_basis == "gradient"
+            and config.auxiliary_init != "gaussian",
+            f"--auxiliary_init {config.auxiliary_init} has no effect with --ascent_basis gradient, which fills the "
+            "auxiliary anew",
+        ),
+        (
             config.method == "bilora" and config.ascent == "normalized" and config.auxiliary_learning_rate is not None,
             "--auxiliary_learning_rate has no effect with --ascent normalized; --ascent_fraction has",
         ),

@@ -145,6 +145,12 @@ def test_subjects_hold_two_photos_out(tmp_path: Path, monkeypatch: pytest.Monkey
     assert bird.held["training"].draws * 2 == mug.held["test"].draws == 64
     again = tasks.subjects(tmp_path / "photos", ["bird=bird", "mug=mug"])[0]
     assert again.folder == bird.folder and len(list(again.folder.iterdir())) == 2
+    (tmp_path / "photos" / "bird" / "0.png").unlink()
+    other = tasks.subjects(tmp_path / "photos", ["bird=bird", "mug=mug"])[0]
+    assert [path.name for path in other.folder.iterdir()] == ["1.png"]  # 2.png is held out now
+    (tmp_path / "photos" / "bird" / "1.png").unlink()
+    with pytest.raises(UserError, match="bird has 2 pictures"):
+        tasks.subjects(tmp_path / "photos", ["bird=bird", "mug=mug"])
 
 
 def test_drawings_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -200,6 +206,8 @@ def test_what_was_chosen_is_trained_elsewhere(tmp_path: Path, monkeypatch: pytes
     mean = 1e4 * sum(tests[one, "nbar"] - tests[one, "lora"] for one in ("bird", "mug")) / 2
     (row,) = (line for line in text.splitlines() if line.startswith("| nbar, lr") and " +- " in line)
     assert row.split(" | ")[3].startswith(f"{mean:+.0f} +- ")
+    assert command.main([*words, "--methods", "looksam"]) == 2
+    assert "nothing was chosen for 'looksam'" in capsys.readouterr().err
     assert command.main([*words, "--tasks", "brid"]) == 2
     assert "did you mean bird?" in capsys.readouterr().err
 

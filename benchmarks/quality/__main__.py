@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--rates", type=float, nargs="+", help="of `choose`: only these learning rates")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of `measure` and `transfer`")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=SEEDS, help="of `measure` and `transfer`, but for subjects"
+    )
     parser.add_argument("--subjects_dir", type=Path, help="of `transfer`: folders of photos, as DreamBooth's")
     parser.add_argument("--classes", nargs="+", default=[], help="of `transfer`: class words, as of `dreambench`")
     parser.add_argument("--tasks", nargs="+", default=[], help="of `transfer`: only these")
@@ -82,9 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.stage == "transfer":
         from benchmarks.quality.transfer import METHODS, transfer
 
-        wanted = {"methods": arguments.methods or METHODS, "seeds": arguments.seeds, "tasks": arguments.tasks}
-        wanted |= {"subjects_dir": arguments.subjects_dir, "classes": arguments.classes, "part": (number, of)}
-        return exit_code(lambda: transfer(TRANSFER, chosen(RESULTS), **wanted))
+        best = chosen(RESULTS)
+        wanted = {"methods": arguments.methods or [one for one in METHODS if one in best]}
+        wanted |= {"seeds": arguments.seeds, "tasks": arguments.tasks, "part": (number, of)}
+        wanted |= {"subjects_dir": arguments.subjects_dir, "classes": arguments.classes}
+        return exit_code(lambda: transfer(TRANSFER, best, **wanted))
     folder = RISES if arguments.stage == "rises" else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "choose":

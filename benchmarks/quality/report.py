@@ -95,15 +95,18 @@ def costs(speed: Path) -> dict[str, float]:
     return {name: ratio_to_baseline(content, name)[0] for name in content["contenders"]}
 
 
-def _cost(configuration: Configuration, ratios: Mapping[str, float]) -> float | None:
-    """That of a configuration: of a second pass on a share of the batch so much of what the whole one adds; on top of
-    it the noise's.
+def _cost(configuration: Configuration, ratios: Mapping[str, float], batch: int = 4) -> float | None:
+    """That of a configuration, from what was measured with a whole second pass, and with looksam's at each fifth step.
+
+    Of a second pass on some rows so much of what the whole one adds; on top of it the noise's.
     """
-    ratio = ratios.get(configuration.method)
+    ratio = ratios.get(kind_of(configuration), ratios.get(configuration.method))
     if ratio is None:
         return None
+    settings = configuration.settings
+    rows = math.ceil(settings.get("ascent_share", 1.0) * batch) / batch
     noise = ratios["flat-lora"] - 1 if kind_of(configuration).endswith(NOISE) else 0.0
-    return 1 + configuration.settings.get("ascent_share", 1.0) * (ratio - 1) + noise
+    return 1 + rows * 5 / settings.get("looksam_every", 5) * (ratio - 1) + noise
 
 
 def _stacking(found: Mapping[str, Any]) -> list[str]:
@@ -259,22 +262,25 @@ SUBJECTS = "photographs of one subject: two or three to learn, one to validate, 
 
 
 def _elsewhere(folder: Path, ratios: Mapping[str, float]) -> list[str]:
-    """A table for each task; all subjects are one."""
+    """A table for each task; all subjects are one. A row is one configuration, whatever is chosen by now."""
     groups: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         for run in runs(place):
             cluster = str(run["seed"]) if place.name in ELSEWHERE else place.name
-            groups.setdefault(ELSEWHERE.get(place.name, SUBJECTS), {})[kind(run), cluster] = run
+            groups.setdefault(ELSEWHERE.get(place.name, SUBJECTS), {})[run["key"], cluster] = run
     lines = [
         "## Elsewhere, with the settings chosen above",
         "",
-        "Nothing was chosen here: learning rates and strengths are those that the 3D icons' validation names chose. "
+        "Nothing was chosen here: learning rates and strengths are those that the 3D icons' validation names chose (of "
+        "looksam, before a smaller rho was tried). "
         "Columns as above; `flat, last`: what is forgotten, at the end. LoRA's rows have its values, in the losses' "
         "own units, and their standard error.",
         "",
     ]
     for title, found in groups.items():
-        clusters = sorted({cluster for method, cluster in found if method == "lora"})
+        (baseline,) = {run["key"] for run in found.values() if kind(run) == "lora"}
+        clusters = sorted({cluster for key, cluster in found if key == baseline})
+        batch = 1 if title == ELSEWHERE["3d-batch-1"] else 4
         lines += [
             f"### {title[0].upper()}{title[1:]}",
             "",
@@ -283,14 +289,13 @@ def _elsewhere(folder: Path, ratios: Mapping[str, float]) -> list[str]:
             "| method | test, best | test, equal time | test, last | training, last | flat, best | flat, last |",
             "|---|---|---|---|---|---|---|",
         ]
-        methods = sorted({method for method, _ in found}, key=lambda name: (name != "lora", name))
-        for method in methods:
-            pairs = [(found[method, one], found["lora", one]) for one in clusters if (method, one) in found]
+        for key in sorted({key for key, _ in found}, key=lambda name: (name != baseline, name)):
+            pairs = [(found[key, one], found[baseline, one]) for one in clusters if (key, one) in found]
             if pairs:
-                first = pairs[0][0]
-                chosen_ = Configuration(method.split(",")[0], first["learning_rate"], first["settings"])
-                cells = _transferred_cells(method, pairs, _cost(chosen_, ratios))
-                lines.append("| " + " | ".join([str(chosen_), *cells]) + " |")
+                run = pairs[0][0]
+                cost = _cost(Configuration(run["method"], run["learning_rate"], run["settings"]), ratios, batch)
+                cells = _transferred_cells("lora" if key == baseline else key, pairs, cost)
+                lines.append("| " + " | ".join([key, *cells]) + " |")
         lines.append("")
     return lines
 

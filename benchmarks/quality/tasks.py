@@ -6,6 +6,7 @@ to hold out; and the 3D icons in batches of one.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from bilora_diffusion.data.images import SUFFIXES, load_image, prepare
 from bilora_diffusion.embedded import CONCEPT_FOLDER
 from bilora_diffusion.embedded.icons import SOLID_STYLE, Icons, drawings_of, from_bytes, shipped_lists, slug
 from bilora_diffusion.embedded.words import concept_caption, flat_caption
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.randomness import generator
 
 __all__ = ["STYLES", "Held", "Task", "batch_of_one", "solid_icons", "style", "subjects"]
@@ -119,13 +121,15 @@ def subjects(folder: Path, classes: Sequence[str] = ()) -> list[Task]:
 
 def _subject(name: str, photos: Path, prompt: str) -> Task:
     paths = sorted(path for path in photos.iterdir() if path.suffix.lower() in SUFFIXES)
+    if len(paths) < 3:
+        raise UserError(f"{photos} has {len(paths)} pictures: a subject needs three, to learn, to validate and to test")
     *learned, validation, test = paths
 
     def fill(folder: Path) -> None:
         for path in learned:
             shutil.copy(path, folder / path.name)
 
-    folder = _made_once(name, fill)
+    folder = _made_once(f"{name}-{_digest(learned)}", fill)
     held = {
         "validation": Held(_photos([validation]), [prompt], DRAWS_OF_PHOTO),
         "test": Held(_photos([test]), [prompt], DRAWS_OF_PHOTO),
@@ -154,6 +158,14 @@ def _icons(pixels: Tensor, caption) -> dict[str, Held]:
 def _flat() -> Held:
     icons, names = Icons.shipped(), shipped_lists()["check"]
     return Held(icons.style("noto")[icons.rows(names)], [flat_caption("noto", name) for name in names])
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """Of names and contents: a folder made for other photos may hold one that is now held out."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _made_once(name: str, fill: Callable[[Path], None]) -> Path:

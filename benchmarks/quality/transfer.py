@@ -23,7 +23,7 @@ def transfer(
     folder: Path,
     best: Mapping[str, Configuration],
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str],
     seeds: Sequence[int],
     tasks: Sequence[str] = (),
     subjects_dir: Path | None = None,
@@ -54,8 +54,11 @@ def transfer(
             guess = nearest(name, makers)
             hint = f"did you mean {guess}?" if guess else f"there are {', '.join(makers)}"
             raise UserError(f"--tasks: {show(name)} is none: {hint}")
+    for method in methods:
+        if method not in best:
+            raise UserError(f"--methods: nothing was chosen for {show(method)}; there is {', '.join(best)}")
     number, of = part
-    wanted = [run for run in runs if run[2] in best and (not tasks or run[0] in tasks)]
+    wanted = [run for run in runs if not tasks or run[0] in tasks]
     _train(folder, best, makers, wanted[number - 1 :: of])
 
 

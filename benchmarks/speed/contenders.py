@@ -83,6 +83,7 @@ def specifications(names: Sequence[str] | None = None, *, compiled: bool = False
     """All of them, or those of some names and the baseline; each method also compiled, if asked for."""
     everything = [_own(BASELINE)]
     everything += [_own(method) for method in METHOD_NAMES if method != BASELINE]
+    everything += [_own("bilora-fresh", tracked=True)]
     everything += [_own(method, fused=False) for method in (BASELINE, "bilora")]
     everything += [
         Specification("stock", {"vae": "every step"}, lambda setting: Stock(setting, encodes=True)),
@@ -98,12 +99,16 @@ def specifications(names: Sequence[str] | None = None, *, compiled: bool = False
         yield from (_own(one.name, compiled=True) for one in chosen if one.name in METHOD_NAMES)
 
 
-def _own(method: str, *, fused: bool = True, compiled: bool = False) -> Specification:
+def _own(method: str, *, fused: bool = True, compiled: bool = False, tracked: bool = False) -> Specification:
     flags: dict[str, Any] = {"method": method}
     if method in ("flat-lora", "rwp-full"):
         flags["sigma_schedule"] = "constant"  # the ramp begins at no noise, which costs nothing
+    if method == "bilora-fresh":
+        flags |= {"ascent_share": 1.0, "ascent_basis": "tracked" if tracked else "gradient"}  # a whole second pass
     if compiled:
         flags["compile"] = True
+    if tracked:
+        return Specification(f"{method}, tracked", flags | {"fused": True}, lambda setting: Own(setting, flags, True))
     name = f"{method}, compiled" if compiled else method if fused else f"{method}, peft's forward"
     return Specification(name, flags | {"fused": fused}, lambda setting: Own(setting, flags, fused))
 

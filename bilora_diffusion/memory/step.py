@@ -1,5 +1,6 @@
 """One optimiser step of the trainer on `meta`: its own adapters, method, forward and backward pass, without data."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic, rounded
+from bilora_diffusion.methods.building import FRESH_ROWS
 from bilora_diffusion.methods.gradient_sketch import OVERSAMPLING
 from bilora_diffusion.sdxl import Conditioning
 
@@ -163,12 +165,15 @@ def _optimiser_bytes(config: TrainingConfig, primary: list[nn.Parameter]) -> int
 
 
 def _sketch_bytes(config: TrainingConfig, models: Mapping[str, nn.Module]) -> int:
-    """Of bilora-echo's first steps and bilora-fresh's ascent passes: two thin matrices for each layer."""
+    """Of passes that bilora-echo and bilora-fresh take the gradient along in: two thin matrices for each layer."""
     if config.method != "bilora-echo" and (config.method, config.ascent_basis) != ("bilora-fresh", "gradient"):
         return 0
+    passes = config.gradient_accumulation_steps
+    if config.method == "bilora-fresh":
+        passes = math.ceil(passes * (FRESH_ROWS if config.ascent_share is None else config.ascent_share))
     columns = (config.auxiliary_rank or config.rank) + OVERSAMPLING
     shapes = [layer.get_base_layer().weight.shape for model in models.values() for _, layer in adapted_layers(model)]
-    return sum(rounded(4 * columns * side) for shape in shapes for side in (shape[0], shape[1:].numel()))
+    return passes * sum(rounded(4 * columns * side) for shape in shapes for side in (shape[0], shape[1:].numel()))
 
 
 def _noise_bytes(config: TrainingConfig, models: Mapping[str, nn.Module], primary: list[nn.Parameter]) -> int:

@@ -1,24 +1,26 @@
-"""Bi-LoRA with a fresh perturbation: the auxiliary is filled anew from each batch, along directions that persist.
+"""Bi-LoRA with a fresh perturbation: the auxiliary is filled anew from each batch, by a cheap pass of its own.
 
-The rows of A2 are orthonormal. For each step:
+Along the strongest directions of the batch's own gradient (`--ascent_basis gradient`):
+
+    A2 = B2 = 0:  the ascent pass, over a share of the rows, leaves a sketch of rank r of the weights' gradient G
+    s B2 A2 = rho G / ||G||_F over all layers
+    descent pass over all rows at W0 + s B1 A1 + s B2 A2; afterwards A2 = B2 = 0 again
+
+Along directions that persist (`--ascent_basis tracked`), where the rows of A2 are orthonormal:
 
     B2 = 0:  gB = s G A2'  over a share of the rows                         a cheap ascent pass
     B2 = rho gB / ||gB||_F over all layers: the maximiser of <G, s B2 A2> over ||s B2 A2||_F <= rho for these rows A2
     descent pass over all rows at W0 + s B1 A1 + s B2 A2: the primary's gradient, and dL/dA2 = s B2' G
     B2 = 0 again;  A2 = the rows of dL/dA2 made orthonormal                 a power iteration on G'G
 
-Or, with a sketch of the gradient (`--ascent_basis gradient`), along the strongest directions of the batch's own:
-
-    B2 = 0:  the ascent pass leaves a sketch of rank r of the weights' gradient G over its rows
-    s B2 A2 = rho G / ||G||_F over all layers
-
 Why: the auxiliary of Bi-LoRA is a slow perturbation, which the primary compensates; what helps in diffusion is the
 ascent direction of the very batch, with its noise and timesteps. Its gradient is needed only in a space of rank r,
 and one such space is what the gradients of all batches share. A sketch gets closer to the exact maximiser: it costs
 three thin products a layer where the tracked rows cost one, and the descent pass has no gradient of A2 to compute.
 
-1 + share passes a step, in which the ascent pass has no gradient of the primary to compute; every k-th step only with
-`--ascent_every`. The extra memory is the auxiliary. rho = 0 is LoRA.
+1 + share passes a step (the share is of one row at least: 2 passes at a batch of one), in which the ascent pass has no
+gradient of the primary to compute; every k-th step only with `--ascent_every`. The extra memory is the auxiliary.
+rho = 0 is LoRA.
 
 Reference: this project; the parts are SAM (arXiv 2010.01412), Bi-LoRA (arXiv 2508.19564) and subspace iteration.
 """
@@ -71,7 +73,7 @@ class BiLoRAFresh(Method):
         self._scales = [layer.scale for layer in layers]
         self._step = 0
         for layer in layers:
-            layer.A.data.copy_(orthonormal_rows(layer.A.data))
+            layer.A.data.copy_(orthonormal_rows(layer.A.data) if sketch is None else torch.zeros_like(layer.A))
 
     @contextmanager
     def perturbed(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:

@@ -30,7 +30,7 @@ from bilora_diffusion.methods.s2_sam import S2SAM
 from bilora_diffusion.methods.weight_noise import WeightNoise
 from bilora_diffusion.optimizers import has_fused_step
 
-__all__ = ["DEFAULT_RHO", "DEFAULT_SIGMA", "ECHO_SHARE", "FRESH_SHARE", "build", "build_ascent"]
+__all__ = ["DEFAULT_RHO", "DEFAULT_SIGMA", "ECHO_SHARE", "FRESH_ROWS", "FRESH_SHARE", "build", "build_ascent"]
 
 DEFAULT_RHO = 0.05
 """Of the methods that climb in the space of the factors, as in Bi-LoRA's comparison (arXiv 2508.19564, R.3)."""
@@ -305,4 +305,4 @@ _BUILDERS: dict[str, Callable[[Setting], tuple[Method, Radius | None]]] = {
     "rwp-lora": _rwp_lora,
     "s2-sam": _s2_sam,
 }
-assert set(_BUILDERS) == set(METHOD_NAMES)  # the names live in config, which must import fast
+assert set(_BUILDERS) == set(METHOD_NAMES)  # the names live apart, where they import fast

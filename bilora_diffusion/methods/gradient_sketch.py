@@ -169,7 +169,8 @@ def _wide(matrix: Tensor) -> Tensor:
 def _over_its_largest(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled so that in float16 no product of it leaves the range, and what it was divided by."""
     largest = _wide(matrix.abs().amax())
-    return (matrix * torch.where(largest > 0, 1 / largest, 0.0)).to(matrix.dtype), largest
+    # Divided by, not multiplied with its inverse: that is beyond float16's range where the entries are small.
+    return (matrix / torch.where(largest > 0, largest, 1.0)).to(matrix.dtype), largest
 
 
 def _nothing(layer: BaseTunerLayer) -> Factors:
