@@ -38,7 +38,7 @@ logger = logging.getLogger("bilora_diffusion")
 FINAL_PICTURES = "final"
 ADVICE = (
     "tip: what the methods are worth was measured on a small base (docs/methods.md): hold pictures out and stop in "
-    "time; where that cannot be done, --method bilora-echo overfitted least, in one pass a step"
+    "time; where that cannot be done, --method bilora-echo overfitted less at little cost, and bilora-fresh least"
 )
 """What `benchmarks/results/quality.md` says."""
 
