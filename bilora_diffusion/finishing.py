@@ -249,6 +249,7 @@ def _summary(
         "c_over_rho": measures.get("c_over_rho"),
         "clipped_share": measures.get("clipped_share"),
         "inert": progress.is_inert(),
+        "too_strong": progress.is_too_strong(),
         "leaning": progress.leans_on_auxiliary(),
         "skipped_steps": progress.skipped,
         "seconds_per_step": progress.seconds_per_step,
@@ -310,7 +311,7 @@ def _say(
         logger.info(f"{folder.path / name}")
     if progress.skipped:
         logger.info(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
-    for note in ("inert", "leaning"):
+    for note in ("inert", "too_strong", "leaning"):
         if summary[note]:
             logger.info(f"note: {summary[note]}")
     logger.info("continue with --resume_from_checkpoint latest" if interrupted else ADVICE)

@@ -16,6 +16,9 @@ ALIVE_ABOVE = 0.1
 FEWEST_GAPS = 5
 """Measurements of the loss gap below which nothing is said of its sign."""
 
+TOO_STRONG_ABOVE = 3
+"""Loss with the perturbation over that without; of what gained anything in `benchmarks.quality`, none came to 2."""
+
 LEANING_BELOW = 1e-3
 """Share of the loss: a gap closer to zero costs the LoRA nothing that its user could see."""
 
@@ -105,6 +108,18 @@ class Progress:
                 "plain LoRA; raise --rho or --rho_relative"
             )
         return None
+
+    def is_too_strong(self) -> str | None:
+        """One line if the perturbation raised the loss so far that the steps descended from somewhere else."""
+        if not self.gap_steps:
+            return None
+        ratio = statistics.fmean(self.perturbed_losses) / max(statistics.fmean(self.clean_losses), 1e-12)
+        if ratio < TOO_STRONG_ABOVE:
+            return None
+        return (
+            f"the perturbation is too strong: with it the loss was {ratio:.1f} times what it was without; lower --rho "
+            "or --rho_relative (or --sigma, where that is what perturbs)"
+        )
 
     def leans_on_auxiliary(self) -> str | None:
         """One line if the loss was lower with the auxiliary than without it, as far as its measurements can tell."""

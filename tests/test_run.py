@@ -141,7 +141,8 @@ def test_the_summary(full: Path) -> None:
 def test_what_a_method_lacks_is_null(pictures: Path, tmp_path: Path, quick: None) -> None:
     train(pictures, tmp_path / "run", method="lora", loss_gap_steps=1, **SMALL)
     told = summary(tmp_path / "run")
-    lacking = ("rho", "rho_relative", "clipped_share", "c_over_rho", "loss_gap", "clean_losses", "inert", "leaning")
+    lacking = ("rho", "rho_relative", "clipped_share", "c_over_rho", "loss_gap", "clean_losses")
+    lacking += ("inert", "too_strong", "leaning")
     assert {name: told[name] for name in lacking} == dict.fromkeys(lacking)
     assert len(told["losses"]) == 4 and told["parameters"]["auxiliary"] == 0
     assert set(metrics(tmp_path / "run")[0]) == {"step", "loss", "lr", "seconds"}
@@ -324,6 +325,15 @@ def test_an_auxiliary_that_does_nothing_is_told(
         assert notes == [] and told is None
     else:
         assert len(notes) == 1 and said in notes[0] and said in told and "\n" not in told
+
+
+def test_a_perturbation_that_is_too_strong_is_told() -> None:
+    def told(perturbed: list[float]) -> str | None:
+        clean = [0.1] * len(perturbed)
+        return Progress(gap_steps=[1] * len(clean), clean_losses=clean, perturbed_losses=perturbed).is_too_strong()
+
+    assert "with it the loss was 4.5 times what it was without" in told([0.4, 0.5])
+    assert told([0.2, 0.39]) is None and told([0.05]) is None and told([]) is None
 
 
 def test_a_primary_that_leans_on_the_auxiliary_is_told() -> None:
