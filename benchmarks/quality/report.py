@@ -79,7 +79,7 @@ def report(
     if measured:
         lines += _measured(measured, best, ratios)
     if transfer is not None and transfer.is_dir():
-        lines += _elsewhere(transfer, ratios)
+        lines += _elsewhere(transfer, best, ratios)
     looked = runs(rises) if rises is not None and rises.is_dir() else []
     if looked:
         lines += _rises(looked)
@@ -261,7 +261,7 @@ ELSEWHERE = {
 SUBJECTS = "photographs of one subject: two or three to learn, one to validate, one to test"
 
 
-def _elsewhere(folder: Path, ratios: Mapping[str, float]) -> list[str]:
+def _elsewhere(folder: Path, best: Mapping[str, Configuration], ratios: Mapping[str, float]) -> list[str]:
     """A table for each task; all subjects are one. A row is one configuration, whatever is chosen by now."""
     groups: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -271,8 +271,8 @@ def _elsewhere(folder: Path, ratios: Mapping[str, float]) -> list[str]:
     lines = [
         "## Elsewhere, with the settings chosen above",
         "",
-        "Nothing was chosen here: learning rates and strengths are those that the 3D icons' validation names chose (of "
-        "looksam, before a smaller rho was tried). "
+        "Nothing was chosen here: learning rates and strengths are those that the 3D icons' validation names chose; "
+        "where they have chosen another one since, the row says so. "
         "Columns as above; `flat, last`: what is forgotten, at the end. LoRA's rows have its values, in the losses' "
         "own units, and their standard error.",
         "",
@@ -295,20 +295,33 @@ def _elsewhere(folder: Path, ratios: Mapping[str, float]) -> list[str]:
                 run = pairs[0][0]
                 cost = _cost(Configuration(run["method"], run["learning_rate"], run["settings"]), ratios, batch)
                 cells = _transferred_cells("lora" if key == baseline else key, pairs, cost)
-                lines.append("| " + " | ".join([key, *cells]) + " |")
+                name = key if best[kind(run)].key == key else f"{key} (the choice before)"
+                lines.append("| " + " | ".join([name, *cells]) + " |")
         lines.append("")
     return lines
 
 
 def _transferred_cells(method: str, pairs: Sequence[tuple[dict, dict]], cost: float | None) -> list[str]:
+    return [
+        *_test_cells(method, pairs, cost),
+        *(
+            _cell(method, [(value(a), value(b)) for a, b in pairs], 4)
+            for value in (
+                lambda run: last(run)["training"],
+                lambda run: at_best(run, "flat"),
+                lambda run: last(run)["flat"],
+            )
+        ),
+    ]
+
+
+def _test_cells(method: str, pairs: Sequence[tuple[dict, dict]], cost: float | None) -> list[str]:
+    """The test loss at the best step, the same in LoRA's time (nothing where the cost is not known), and at the end."""
     steps = max(map(int, pairs[0][0]["evaluations"]))
     values = [
         lambda run: at_best(run, "test"),
         lambda run: at_best(run, "test", steps if run["method"] == "lora" or cost is None else steps / cost),
         lambda run: last(run)["test"],
-        lambda run: last(run)["training"],
-        lambda run: at_best(run, "flat"),
-        lambda run: last(run)["flat"],
     ]
     cells = [_cell(method, [(value(a), value(b)) for a, b in pairs], 4) for value in values]
     if cost is None:
@@ -349,20 +362,14 @@ def last(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _loss_cells(method: str, pairs: Sequence[tuple[dict, dict]], cost: float | None) -> list[str]:
-    steps = max(map(int, pairs[0][0]["evaluations"]))
     values = [
-        lambda run: at_best(run, "test"),
-        lambda run: at_best(run, "test", steps if run["method"] == "lora" or cost is None else steps / cost),
-        lambda run: last(run)["test"],
         lambda run: last(run)["test"] - last(run)["training"],
         lambda run: at_best(run, "flat"),
         lambda run: run["rounded_to_8_bits"],
         lambda run: run["sharpness"]["rises"][run["sharpness"]["sizes"].index(0.01)],
     ]
     cells = [_cell(method, [(value(a), value(b)) for a, b in pairs], 4) for value in values]
-    if cost is None:
-        cells[1] = ""
-    return [*cells, "" if cost is None else f"x {cost:.2f}"]
+    return [*_test_cells(method, pairs, cost), *cells, "" if cost is None else f"x {cost:.2f}"]
 
 
 def _cell(method: str, pairs: Sequence[tuple[float, float]], digits: int) -> str:

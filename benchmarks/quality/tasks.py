@@ -62,6 +62,7 @@ class Task:
     folder: of the training pictures.
     held: what losses are measured on: "validation", "test", "training" and "flat", icons that the base knows.
     settings: of `TrainingConfig`, beside a method's own.
+    evaluated_at: steps; the last one is the training's length.
     """
 
     name: str

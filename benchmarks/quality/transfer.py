@@ -1,7 +1,7 @@
 """What was chosen on the 3D icons, trained on other tasks: does what was seen there hold elsewhere?"""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.quality.laboratory import Laboratory
@@ -62,16 +62,13 @@ def transfer(
     _train(folder, best, makers, wanted[number - 1 :: of])
 
 
-def _train(folder, best, makers, runs) -> None:
-    for task, seed, configuration, path in _missing(folder, best, makers, runs):
-        found = task.train(configuration, seed, all_losses=True)
-        path.write_text(json.dumps(rounded(found | {"task": task.task.name})) + "\n")
-        last = found["evaluations"][max(found["evaluations"])]
-        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in last.items())
-        print(f"{task.task.name}, seed {seed}: {configuration}: {losses}", flush=True)
+Run = tuple[str, int, str]
+"""Task, seed, method."""
 
 
-def _missing(folder, best, makers, runs) -> Iterator[tuple[Laboratory, int, Configuration, Path]]:
+def _train(
+    folder: Path, best: Mapping[str, Configuration], makers: Mapping[str, Callable[[], Task]], runs: Sequence[Run]
+) -> None:
     """A laboratory is made once for the runs of a task, which stand together."""
     laboratory = None
     for name, seed, method in runs:
@@ -81,4 +78,8 @@ def _missing(folder, best, makers, runs) -> Iterator[tuple[Laboratory, int, Conf
         if laboratory is None or laboratory.task.name != name:
             laboratory = Laboratory(makers[name]())
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield laboratory, seed, best[method], path
+        found = laboratory.train(best[method], seed, all_losses=True)
+        path.write_text(json.dumps(rounded(found | {"task": name})) + "\n")
+        last = found["evaluations"][max(found["evaluations"])]
+        losses = ", ".join(f"{kind} {loss:.4f}" for kind, loss in last.items())
+        print(f"{name}, seed {seed}: {best[method]}: {losses}", flush=True)

@@ -41,7 +41,7 @@ __all__ = ["BiLoRAFresh", "orthonormal_rows"]
 
 class BiLoRAFresh(Method):
     """Arguments:
-    layers: the auxiliary over all parts; made orthonormal here.
+    layers: the auxiliary over all parts; A2 is made orthonormal here, or zero where there is a sketch.
     primary: the primary's parameters, which the ascent pass needs no gradient of.
     rho: ||s B2 A2||_F over all layers, greater than 0.
     share: of the rows that the ascent pass sees, in (0, 1].
