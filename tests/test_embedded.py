@@ -2,7 +2,8 @@
 
 import json
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.bases.clip_tokenizer import clip_tokenizer, sdxl_merges
 from bilora_diffusion.bases.tiny import tiny_random_folder
 from bilora_diffusion.data.pictures import find_pictures
-from bilora_diffusion.embedded import BASE_FOLDER, CONCEPT_FOLDER, EMBEDDED, SCORER_FOLDER, icons, recipe
+from bilora_diffusion.embedded import BASE_FOLDER, CONCEPT_FOLDER, EMBEDDED, SCORER_FOLDER, denoiser, icons, recipe
 from bilora_diffusion.embedded.__main__ import main
 from bilora_diffusion.embedded.check import draw, retrieve
 from bilora_diffusion.embedded.denoiser import (
@@ -268,14 +269,40 @@ def packed(shipped: Icons, folder: Path) -> None:
     )
 
 
-def test_the_recipe_builds_a_base_that_loads(shipped: Icons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed(shipped, tmp_path)
-    checked: list[tuple] = []
-    monkeypatch.setattr(recipe, "check", lambda *arguments: checked.append(arguments))
-    monkeypatch.setattr(recipe, "reconstruction_db", lambda vae, pixels: 0.0)  # of all icons: half a minute
-    said: list[str] = []
-    recipe.build(SMALL, tmp_path, tmp_path / "built", torch.device("cpu"), said.append)
-    built = tmp_path / "built"
+@pytest.fixture(scope="module", autouse=True)
+def small_probe() -> Iterator[None]:
+    """The probe at each checkpoint is most of the time that a stage of two steps takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser, "PROBE_ROWS", 8)
+        yield
+
+
+@dataclass(frozen=True)
+class Build:
+    """A call of `recipe.build`: its work folder, its target, and what it said and had checked."""
+
+    work: Path
+    target: Path
+    said: list[str]
+    checked: list[tuple]
+
+
+@pytest.fixture(scope="module")
+def small_build(shipped: Icons, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The small recipe, built once; its checkpoints are the whole runs that stopped ones are compared with."""
+    made = Build(tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("built"), [], [])
+    packed(shipped, made.work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "check", lambda *arguments: made.checked.append(arguments))
+        patch.setattr(recipe, "reconstruction_db", lambda vae, pixels: 0.0)  # of all icons: half a minute
+        recipe.build(SMALL, made.work, made.target, torch.device("cpu"), made.said.append)
+    return made
+
+
+def test_the_recipe_builds_a_base_that_loads(
+    shipped: Icons, small_build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, said = small_build.target, small_build.said
     pipeline = Base(str(built / "base")).load(*PARTS)
     assert draw(pipeline, ["a noto icon of a lion"], steps=1).shape == (1, 3, 64, 64)
     record = json.loads((built / "base" / "build.json").read_text())
@@ -287,12 +314,17 @@ def test_the_recipe_builds_a_base_that_loads(shipped: Icons, tmp_path: Path, mon
     for name in ("icons/noto.png", "icons/fluent-3d/lion.png", "concept/rat.png"):
         with Image.open(built / name) as new, Image.open(here / name) as old:
             assert new.tobytes() == old.tobytes()
-    assert [(call[0], call[3]) for call in checked] == [(str(built / "base"), style) for style in FLAT_STYLES]
+    assert [(call[0], call[3]) for call in small_build.checked] == [
+        (str(built / "base"), style) for style in FLAT_STYLES
+    ]
     assert (built / "scorer" / "model.safetensors").exists()
     assert sum("step" in line for line in said) == 2 + 2 + 2 + 2
     # Done is done: a second call trains nothing.
+    for name in ("check", "export_icons"):
+        monkeypatch.setattr(recipe, name, lambda *_: None)
+    monkeypatch.setattr(recipe, "reconstruction_db", lambda vae, pixels: 0.0)
     before = (built / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    recipe.build(SMALL, tmp_path, built, torch.device("cpu"), said.append)
+    recipe.build(SMALL, small_build.work, built, torch.device("cpu"), said.append)
     assert sum("step" in line for line in said) == 2 + 2 + 2 + 2
     assert (built / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
@@ -368,26 +400,26 @@ def test_a_loss_that_is_not_finite_spares_the_checkpoint(tmp_path: Path) -> None
     assert load_averages({"line": line}, path)["steps"] == 5
 
 
-def test_a_stage_goes_on_exactly(shipped: Icons, tmp_path: Path) -> None:
+def test_a_stage_goes_on_exactly(shipped: Icons, small_build: Build, tmp_path: Path) -> None:
     """Stopped once, at a checkpoint."""
 
     def stop(line: str) -> None:
         raise KeyboardInterrupt
 
     pixels, space, cpu = shipped.style("noto")[:8], latent_space(shipped), torch.device("cpu")
+    first = small_build.work / "denoiser.pt"
     stages = {
-        "vae": lambda name, log: train_vae(pixels, space, SMALL.vae, tmp_path / name, cpu, log),
-        "denoiser": lambda name, log: train_denoiser(shipped, SMALL.denoiser, tmp_path / name, cpu, log),
-        "styles": lambda name, log: train_styles(
-            shipped, SMALL.styles, tmp_path / "denoiser-whole", tmp_path / name, cpu, log
-        ),
+        "vae": lambda path, log: train_vae(pixels, space, SMALL.vae, path, cpu, log),
+        "denoiser": lambda path, log: train_denoiser(shipped, SMALL.denoiser, path, cpu, log),
+        "styles": lambda path, log: train_styles(shipped, SMALL.styles, first, path, cpu, log),
     }
+    stages["vae"](tmp_path / "whole-vae.pt", str)  # of fewer pictures than the recipe's
+    paths = {"vae": tmp_path / "whole-vae.pt", "denoiser": first, "styles": small_build.work / "styles.pt"}
     for stage, train in stages.items():
-        train(f"{stage}-whole", str)
         with pytest.raises(KeyboardInterrupt):
-            train(f"{stage}-resumed", stop)
-        train(f"{stage}-resumed", str)
-        whole, resumed = (torch.load(tmp_path / f"{stage}-{name}") for name in ("whole", "resumed"))
+            train(tmp_path / stage, stop)
+        train(tmp_path / stage, str)
+        whole, resumed = torch.load(paths[stage]), torch.load(tmp_path / stage)
         assert whole["step"] == resumed["step"] == getattr(SMALL, stage).steps
         for name, weights in whole["models"].items():
             assert all(torch.equal(value, resumed["models"][name][key]) for key, value in weights.items())
@@ -411,12 +443,11 @@ def test_captions_name_the_style_or_none() -> None:
     assert set(varied) == {"", "a soft noto icon of a lion"}
 
 
-def test_the_second_stage_begins_with_what_the_first_knows(shipped: Icons, tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    train_denoiser(shipped, SMALL.denoiser, tmp_path / "denoiser.pt", cpu, str)
+def test_the_second_stage_begins_with_what_the_first_knows(shipped: Icons, small_build: Build, tmp_path: Path) -> None:
+    first, second = small_build.work / "denoiser.pt", tmp_path / "styles.pt"
     still = replace(SMALL.styles, learning_rate=0.0, steps=1)
-    train_styles(shipped, still, tmp_path / "denoiser.pt", tmp_path / "styles.pt", cpu, str)
-    one, other = (torch.load(tmp_path / f"{name}.pt")["averages"] for name in ("denoiser", "styles"))
+    train_styles(shipped, still, first, second, torch.device("cpu"), str)
+    one, other = (torch.load(path)["averages"] for path in (first, second))
     assert all(torch.equal(value, other["unet"][key]) for key, value in one["unet"].items())
     known = tokenizers(shipped.names, FLAT_STYLES[:2])[0].get_vocab()
     words = tokenizers(shipped.names, FLAT_STYLES)[0].get_vocab()

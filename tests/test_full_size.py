@@ -38,7 +38,7 @@ BASE_PARAMETERS = {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_enc
 class FullSize(tiny_run.Builder):
     """Builds runs on SDXL's own architecture."""
 
-    def _copy(self, parts: Sequence[str], dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    def _copy(self, parts: Sequence[str], dtype: torch.dtype, _: frozenset[str]) -> StableDiffusionXLPipeline:
         merges = sdxl_merges()
         return StableDiffusionXLPipeline(
             **{part: sdxl_part(part, dtype) if part in parts else None for part in PARTS},

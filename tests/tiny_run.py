@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, START, LowRank, adapted_layers, low_rank_layers, parameters_of
-from bilora_diffusion.assembly import Machine, Parts, assemble, read_pictures
+from bilora_diffusion.assembly import TEXT_ENCODERS, Machine, Parts, assemble, read_pictures
 from bilora_diffusion.bases import PARTS, Base
 from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.batches import Batch
@@ -119,7 +119,14 @@ class TinyRun:
 
 
 class Builder:
-    """Builds runs; called with flags that differ from `DEFAULTS`."""
+    """Builds runs; called with flags that differ from `DEFAULTS`.
+
+    Attributes:
+        shares: give all runs the same VAE, and the same text encoders if neither trained nor converted. Quicker, but
+            what a run frees cannot be seen then.
+    """
+
+    shares = False
 
     def __init__(self, pictures: Path, class_pictures: Path | None = None) -> None:
         self.folders = {"instance_data_dir": str(pictures), "class_data_dir": str(class_pictures)}
@@ -140,17 +147,22 @@ class Builder:
         config = TrainingConfig(**{"instance_data_dir": self.folders["instance_data_dir"], **changes})
         machine = Machine(device, DTYPES[precision], 0, 1, lambda: None)
         pictures, _ = read_pictures(config)
-        with mock.patch.object(Base, "load", lambda _, *parts, dtype=torch.float32: self._copy(parts, dtype)):
+        shared = frozenset({"vae"}) if self.shares and device.type == "cpu" else frozenset()
+        if shared and precision == "no" and not config.train_text_encoder:
+            shared |= {*TEXT_ENCODERS}
+        with mock.patch.object(Base, "load", lambda _, *parts, dtype=torch.float32: self._copy(parts, dtype, shared)):
             parts = assemble(config, machine, pictures, seed=seed, steps_of=lambda _: config.max_train_steps)
         return TinyRun(config, parts)
 
-    def _copy(self, parts: Sequence[str], dtype: torch.dtype) -> StableDiffusionXLPipeline:
-        """What `Base("tiny-random").load` gives. A copy of what is asked for takes a fifth of building it anew."""
+    def _copy(
+        self, parts: Sequence[str], dtype: torch.dtype, shared: frozenset[str] = frozenset()
+    ) -> StableDiffusionXLPipeline:
+        """What `Base("tiny-random").load` gives. A copy of what is not `shared` takes a fifth of building it anew."""
         pipeline = copy.copy(self.tiny)
-        pipeline.register_modules(
-            **{part: copy.deepcopy(getattr(self.tiny, part)) if part in parts else None for part in PARTS}
-        )
-        for part in set(parts) - {"vae"}:
+        loaded = {part: getattr(self.tiny, part) for part in parts}
+        loaded |= {part: copy.deepcopy(model) for part, model in loaded.items() if part not in shared}
+        pipeline.register_modules(**{part: loaded.get(part) for part in PARTS})
+        for part in set(parts) - {"vae"} - shared:
             getattr(pipeline, part).to(dtype)
         return pipeline
 

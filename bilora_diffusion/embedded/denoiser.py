@@ -24,6 +24,8 @@ from bilora_diffusion.sdxl import Conditioning, denoise, tokenize
 
 __all__ = ["DenoiserSettings", "StyleSettings", "latent_space", "train_denoiser", "train_styles"]
 
+PROBE_ROWS = 256
+
 
 @dataclass(frozen=True)
 class DenoiserSettings(FitSettings):
@@ -163,9 +165,9 @@ class _Batches:
         return self._batch(pixels, captions, _sizes(count, random), random)
 
     def probe(self) -> _Batch:
-        """256 fixed draws of the first style."""
+        """`PROBE_ROWS` fixed draws of the first style."""
         random = generator(self.settings.seed, "embedded", "probe")
-        rows = torch.randperm(len(self.names), generator=random)[:256].tolist()
+        rows = torch.randperm(len(self.names), generator=random)[:PROBE_ROWS].tolist()
         captions = [flat_caption(self.styles[0], self.names[row]) for row in rows]
         return self._batch(self.pixels[self.styles[0]][rows], captions, _sizes(len(rows), random), random)
 

@@ -37,9 +37,7 @@ __all__ = [
     "Icons",
     "concept_pictures",
     "drawings_of",
-    "fetch_package",
     "from_bytes",
-    "on_white",
     "prepare",
     "sheet",
     "shipped_lists",
@@ -159,7 +157,7 @@ def from_bytes(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def on_white(picture: Image.Image, size: int = SIZE_PX) -> Image.Image:
+def _on_white(picture: Image.Image, size: int = SIZE_PX) -> Image.Image:
     """An RGB picture of `size` x `size` px; what was transparent is white."""
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
@@ -183,14 +181,14 @@ def prepare(folder: Path) -> Path:
     entries = _entries(folder)
     styles = {
         "noto": _pictures(
-            fetch_package(*NOTO_PACKAGE, folder), {f"package/img/google/64/{code}.png": code for code in entries}
+            _fetch_package(*NOTO_PACKAGE, folder), {f"package/img/google/64/{code}.png": code for code in entries}
         ),
         "twemoji": _pictures(
-            fetch_package(*TWEMOJI_PACKAGE, folder), {f"package/img/twitter/64/{code}.png": code for code in entries}
+            _fetch_package(*TWEMOJI_PACKAGE, folder), {f"package/img/twitter/64/{code}.png": code for code in entries}
         ),
-        "fluent": _drawings(fetch_package(*FLUENT_PACKAGE, folder), list(entries)),
+        "fluent": _drawings(_fetch_package(*FLUENT_PACKAGE, folder), list(entries)),
         SOLID_STYLE: _pictures(
-            fetch_package(*SOLID_PACKAGE, folder), {f"package/assets/{code}.webp": code for code in entries}
+            _fetch_package(*SOLID_PACKAGE, folder), {f"package/assets/{code}.webp": code for code in entries}
         ),
     }
     everywhere = set.intersection(*(set(pictures) for pictures in styles.values()))
@@ -198,7 +196,7 @@ def prepare(folder: Path) -> Path:
     names = [entries[code][0] for code in codes]
     concept_names = draw_lists(names)["concept"]
     concept_files = {f"package/assets/{codes[names.index(name)]}.webp": name for name in concept_names}
-    concept = _pictures(fetch_package(*SOLID_PACKAGE, folder), concept_files, CONCEPT_SIZE_PX)
+    concept = _pictures(_fetch_package(*SOLID_PACKAGE, folder), concept_files, CONCEPT_SIZE_PX)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
@@ -230,7 +228,7 @@ def drawings_of(package: tuple[str, str], names: Sequence[str], folder: Path) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     code_of = {name: code for code, (name, _) in _entries(folder).items()}
-    drawn = _drawings(fetch_package(*package, folder), [code_of[name] for name in names])
+    drawn = _drawings(_fetch_package(*package, folder), [code_of[name] for name in names])
     missing = [name for name in names if code_of[name] not in drawn]
     if missing:
         raise UserError(f"{package[0]} {package[1]} has no {', '.join(missing)}")
@@ -239,9 +237,9 @@ def drawings_of(package: tuple[str, str], names: Sequence[str], folder: Path) ->
 
 def _entries(folder: Path) -> dict[str, tuple[str, str]]:
     """Code points as in file names -> name and family, of what is selected."""
-    with tarfile.open(fetch_package(*NAMES_PACKAGE, folder)) as archive:
+    with tarfile.open(_fetch_package(*NAMES_PACKAGE, folder)) as archive:
         short_names = json.load(archive.extractfile("package/data-by-emoji.json"))
-    with tarfile.open(fetch_package(*NOTO_PACKAGE, folder)) as archive:
+    with tarfile.open(_fetch_package(*NOTO_PACKAGE, folder)) as archive:
         return _selected(json.load(archive.extractfile("package/emoji.json")), short_names)
 
 
@@ -273,7 +271,7 @@ def _selected(entries: list[dict], short_names: dict[str, dict]) -> dict[str, tu
     return selected
 
 
-def fetch_package(package: str, version: str, folder: Path) -> Path:
+def _fetch_package(package: str, version: str, folder: Path) -> Path:
     """The archive of an npm package in `folder`, fetched if it is not there yet.
 
     Raises:
@@ -301,7 +299,7 @@ def _pictures(archive_path: Path, wanted: dict[str, str], size: int = SIZE_PX) -
         for member in archive:
             if member.name in wanted:
                 with Image.open(io.BytesIO(archive.extractfile(member).read())) as picture:
-                    pictures[wanted[member.name]] = np.asarray(on_white(picture, size)).transpose(2, 0, 1)
+                    pictures[wanted[member.name]] = np.asarray(_on_white(picture, size)).transpose(2, 0, 1)
     return pictures
 
 
@@ -321,5 +319,5 @@ def _drawings(archive_path: Path, codes: list[str]) -> dict[str, np.ndarray]:
             box = f"0 0 {drawings['width']} {drawings['height']}"
             svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{drawing["body"]}</svg>'
             with Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg, width=4 * SIZE_PX)))) as picture:
-                pictures[code] = np.asarray(on_white(picture)).transpose(2, 0, 1)
+                pictures[code] = np.asarray(_on_white(picture)).transpose(2, 0, 1)
     return pictures
