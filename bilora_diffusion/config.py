@@ -181,15 +181,15 @@ class TrainingConfig:
     )
     sigma: float | None = flag(
         None,
-        "norm of the noise of flat-lora, rwp-full and rwp-lora as a share of the weights', unset: 0.1; with bilora, "
-        "bilora-fresh and bilora-echo flat-lora's noise on top, unset: none",
+        "norm of the noise as a share of the weights', unset: 0.5 for flat-lora and rwp-full, 0.1 for rwp-lora; with "
+        "bilora, bilora-fresh and bilora-echo flat-lora's noise on top, unset: none",
         group=METHOD,
         within=NOT_NEGATIVE,
         origin="bilora",
     )
-    sigma_schedule: Literal["cosine", "linear", "constant"] = flag(
-        "cosine",
-        "course of flat-lora's noise over the run: from 0 to sigma, or sigma all the time",
+    sigma_schedule: Literal["constant", "linear", "cosine"] = flag(
+        "constant",
+        "course of flat-lora's noise over the run: sigma all the time, or from 0 to sigma",
         group=METHOD,
         origin="bilora",
     )

@@ -38,7 +38,8 @@ logger = logging.getLogger("bilora_diffusion")
 FINAL_PICTURES = "final"
 ADVICE = (
     "tip: what the methods are worth was measured on a small base (docs/methods.md): hold pictures out and stop in "
-    "time; where that cannot be done, --method bilora-echo overfitted less at little cost, and bilora-fresh least"
+    "time; where that cannot be done, --method flat-lora overfitted and forgot less, bilora-echo overfitted as little "
+    "in less time, and bilora-fresh least"
 )
 """What `benchmarks/results/quality.md` says."""
 

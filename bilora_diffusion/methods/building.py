@@ -34,8 +34,11 @@ __all__ = ["DEFAULT_RHO", "DEFAULT_SIGMA", "ECHO_SHARE", "FRESH_ROWS", "FRESH_SH
 
 DEFAULT_RHO = 0.05
 """Of the methods that climb in the space of the factors, as in Bi-LoRA's comparison (arXiv 2508.19564, R.3)."""
-DEFAULT_SIGMA = 0.1
-"""As Flat-LoRA's authors used on SDXL (arXiv 2409.14396, 4.4)."""
+DEFAULT_SIGMA = 0.5
+"""Of the noise on the weights, with a constant schedule: what benchmarks.quality found to keep late steps from
+overfitting. Flat-LoRA's authors used 0.1 with a ramp on SDXL (arXiv 2409.14396, 4.4), which does nothing there."""
+FACTOR_SIGMA = 0.1
+"""Of `rwp-lora`, whose noise is on the factors: the weaker one that was tried, and the validation names' choice."""
 ECHO_SHARE = 0.06
 """Of `bilora-echo`: 1 % of ||W||_F on the embedded base, which the validation names of benchmarks.quality chose."""
 FRESH_SHARE = 0.06
@@ -265,7 +268,8 @@ def _rwp_full(setting: Setting) -> tuple[Method, None]:
 
 
 def _rwp_lora(setting: Setting) -> tuple[Method, None]:
-    return _told(RWPLoRA(setting.primary, setting.sigma, setting.seed), sigma=setting.sigma), None
+    sigma = FACTOR_SIGMA if setting.config.sigma is None else setting.config.sigma
+    return _told(RWPLoRA(setting.primary, sigma, setting.seed), sigma=sigma), None
 
 
 def _balancedness(*, by_gradients: bool) -> Callable[[Setting], tuple[Method, None]]:
