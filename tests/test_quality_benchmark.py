@@ -11,17 +11,27 @@ import torch
 from PIL import Image
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import laboratory, measures, rises, stacking, tasks
+from benchmarks.quality import curves, files, laboratory, measures, rises, stacking, tasks
+from benchmarks.quality.costs import step_bytes
+from benchmarks.quality.measured import PICTURE_MEASURES
 from benchmarks.quality.plan import Configuration, candidates
-from benchmarks.quality.report import PICTURE_MEASURES, at_best, chosen, report
+from benchmarks.quality.report import report
+from benchmarks.quality.results import at_best, chosen
+from bilora_diffusion.adapters import PRIMARY, parameters_of
 from bilora_diffusion.embedded import icons
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.memory.simulation import BLOCK_BYTES
 from bilora_diffusion.method_names import METHOD_NAMES
 
 
 @pytest.fixture(scope="module")
 def laboratory_() -> laboratory.Laboratory:
     return laboratory.Laboratory()
+
+
+def few_of(evaluations: dict) -> dict:
+    """The first eight rows of each."""
+    return {name: [rises._first_rows(batches[0], 8 / len(batches[0]))] for name, batches in evaluations.items()}
 
 
 def write(folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], pictures: float = 0.0):
@@ -83,6 +93,45 @@ def test_differences_are_paired(tmp_path: Path):
     assert len(drawn) == 1 and drawn[0].startswith("| flat-lora")
 
 
+def test_memory_is_counted_at_each_rows_own_settings(tmp_path: Path, laboratory_: laboratory.Laboratory):
+    lora, obar = Configuration("lora", 1e-3), Configuration("obar", 1e-3, {"bar_strength": 2.0})
+    bilora = Configuration("bilora", 1e-3, {"rho": 2.0})
+    noisy = Configuration("bilora", 1e-3, bilora.settings | {"sigma": 0.5, "sigma_schedule": "constant"})
+    plain, second, third = (step_bytes(one) for one in (lora, bilora, noisy))
+    unet = laboratory_.assembled(lora, 0).models["unet"]
+    primary = 4 * sum(parameter.numel() for parameter in parameters_of(unet, PRIMARY).values())
+    frozen = sum(parameter.nbytes for parameter in unet.parameters() if not parameter.requires_grad)
+    assert plain > frozen + 4 * primary  # values, gradients and two moments; and the activations
+    assert 4 * primary < second - plain < 8 * primary  # the same again
+    assert third > second
+    assert 0 <= step_bytes(obar) - plain <= 4 * BLOCK_BYTES  # single numbers
+    for one in (lora, obar, bilora):
+        for seed in (0, 1):
+            write(tmp_path, one, seed, {100: 0.2})
+    rows = [line.split(" | ") for line in report(tmp_path).splitlines() if "lr 0.001" in line]
+    memory = {row[0]: row[-1] for row in rows if len(row) == 11}
+    assert memory == {
+        f"| {lora}": f"{plain / 1e6:.1f} |",
+        f"| {bilora}": f"+{(second - plain) / 1e6:.1f} |",
+        f"| {obar}": "+0.0 |",
+    }
+
+
+def test_curves_are_of_what_was_measured_on_other_seeds(tmp_path: Path):
+    lora = Configuration("lora", 1e-3)
+    write(tmp_path / "runs", lora, 0, {100: 0.2, 200: 0.3})
+    assert not curves.draw(tmp_path / "runs", tmp_path / "curves.png") and not (tmp_path / "curves.png").exists()
+    sizes = []
+    for rows, method in enumerate(("lora", "nbar", "obar", "s2-sam", "bilora"), start=1):
+        for seed in (0, 1, 2):
+            write(tmp_path / "runs", Configuration(method, 1e-3), seed, {100: 0.2 + seed * rows / 50, 200: 0.3})
+        assert curves.draw(tmp_path / "runs", tmp_path / "curves.png")
+        sizes.append(Image.open(tmp_path / "curves.png").size)
+    assert sizes[0] == sizes[3] and sizes[4][1] == 2 * sizes[3][1]  # four panels in a row
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
 def test_under_equal_time_a_slower_method_has_fewer_steps():
     losses = {100: 0.4, 200: 0.2, 300: 0.3}
     run = {"evaluations": {str(step): {"validation": loss, "test": 10 * loss} for step, loss in losses.items()}}
@@ -117,8 +166,7 @@ def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: lab
     monkeypatch.setattr(measures, "PICTURES", 2)
     monkeypatch.setattr(measures, "HALF", 2)
     monkeypatch.setattr(measures, "FEW_STEPS", 2)
-    few = {name: batches[:1] for name, batches in laboratory_.evaluations.items()}
-    monkeypatch.setattr(laboratory_, "evaluations", few)
+    monkeypatch.setattr(laboratory_, "evaluations", few_of(laboratory_.evaluations))
     one = laboratory_.train(Configuration("lora", 1e-3), 1, all_losses=True, finished=True)
     other = laboratory_.train(Configuration("flat-lora", 1e-3, {"sigma": 0.3, "sigma_schedule": "constant"}), 1)
     assert one["training_losses"][0] != other["training_losses"][0]
@@ -172,7 +220,7 @@ def test_drawings_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         },
     }
     pack(tmp_path / "all.tgz", members)
-    monkeypatch.setattr(icons, "fetch_package", lambda *_: tmp_path / "all.tgz")
+    monkeypatch.setattr(icons, "_fetch_package", lambda *_: tmp_path / "all.tgz")
     drawn = icons.drawings_of(("some", "1"), ["cloud", "rabbit face"], tmp_path)
     assert drawn.shape == (2, 3, 64, 64)
     assert drawn.float().mean(dim=(2, 3)).tolist() == [[0, 0, 255], [255, 0, 0]]
@@ -229,15 +277,34 @@ def photographs(folder: Path, counts: dict[str, int]) -> None:
             Image.new("RGB", (80, 100), (40 * number,) * 3).save(folder / name / f"{number}.png")
 
 
-def test_what_stacking_would_save(
+def test_what_stacking_saves(
     laboratory_: laboratory.Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(stacking, "ADAPTERS", (1, 3))
+    monkeypatch.setattr(stacking, "RUNS", (1, 3))
     monkeypatch.setattr(stacking, "ROUNDS", 1)
+    monkeypatch.setattr(stacking, "STEPS", 2)
     found = stacking.stacking(laboratory_)
     one, three = found["seconds"].values()
     assert 0 < one < three
     assert found["share_of_separate"] == {1: 1.0, 3: pytest.approx(three / (3 * one))}
     (tmp_path / "stacking.json").write_text(json.dumps(found))
     text = report(tmp_path / "none", stacking=tmp_path / "stacking.json")
-    assert f"batches of 4 rows: 3 adapters {three / (3 * one):.0%};" in text
+    assert f"one after another: 3 runs {three / (3 * one):.0%}." in text
+
+
+def test_a_stack_of_runs_is_written_and_equals_runs_alone(
+    laboratory_: laboratory.Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(laboratory_, "task", replace(laboratory_.task, evaluated_at=(1, 2)))
+    monkeypatch.setattr(laboratory_, "evaluations", few_of(laboratory_.evaluations))
+    lora, fresh = Configuration("lora", 1e-3), Configuration("bilora-fresh", 1e-3, {"rho": 1.0, "ascent_share": 0.5})
+    runs = [files.Run(tmp_path / "stacked", one, seed) for one, seed in ((lora, 1), (fresh, 1), (lora, 2))]
+    files.train_missing(lambda: laboratory_, runs, stack=2, all_losses=False)
+    for run in runs:
+        found, alone = json.loads(run.path.read_text()), laboratory_.train(run.configuration, run.seed)
+        assert found["training_losses"] == pytest.approx(alone["training_losses"], rel=1e-4)
+        assert found["evaluations"]["2"]["test"] == pytest.approx(alone["evaluations"][2]["test"], rel=1e-4)
+    assert [json.loads(run.path.read_text())["seconds"] is None for run in runs] == [True, True, False]
+    files.train_missing(lambda: pytest.fail("nothing is missing"), runs, stack=2, all_losses=False)
+    with pytest.raises(UserError, match="--stack is 0"):
+        files.train_missing(lambda: laboratory_, runs, stack=0, all_losses=False)

@@ -6,7 +6,7 @@
     transfer  trains the chosen ones on other tasks: other styles, a batch of one, and with --subjects_dir DreamBooth's
               subjects; nothing is chosen there
     rises     how far each perturbation raises the loss of the batch at hand, all at equal norm
-    stacking  what the base's passes would cost a row if several adapters were trained stacked over it
+    stacking  what a step of several runs costs if they are trained stacked over one base (--stack)
     report    benchmarks/results/quality.md from what is there
 
     paper       the paper's experiment on real SDXL: trains, draws the paper's prompts, scores them by CLIP
@@ -14,7 +14,8 @@
 
 The last two have flags of their own (`paper --help`) and write into outputs/; docs/benchmarks.md tells of them. Of the
 others every run is written when it is done, so that a stopped command goes on with the next one. One process uses one
-core: start two with --part 1/2 and --part 2/2 to use two.
+core: start two with --part 1/2 and --part 2/2 to use two. On a GPU (--device cuda), which a run of this size does not
+fill, --stack 8 trains eight in common batches.
 """
 
 import argparse
@@ -34,6 +35,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "quality"
 RISES = RESULTS.parent / "rises"
 TRANSFER = RESULTS.parent / "transfer"
 STACKING = RESULTS.parent / "stacking.json"
+CURVES = RESULTS.parent / "quality_curves.png"
 SPEED = RESULTS.parent / "speed_medium_cpu.json"
 CHOOSING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
@@ -59,60 +61,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", nargs="+", default=[], help="of `transfer`: class words, as of `dreambench`")
     parser.add_argument("--tasks", nargs="+", default=[], help="of `transfer`: only these")
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
+    parser.add_argument("--stack", type=int, default=1, help="so many runs at once, over one base (default: 1)")
+    parser.add_argument("--device", default="cpu", help="that trains and draws (default: cpu)")
     arguments = parser.parse_args(words)
     RESULTS.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "report":
+        from benchmarks.quality.curves import draw
         from benchmarks.quality.report import report
 
+        drawn = draw(RESULTS, CURVES)
         path = RESULTS.parent / "quality.md"
-        path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER))
+        path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER, CURVES.name if drawn else None))
         print(path)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """The stages that train. Imports take seconds: not before the words are known to be right."""
+    from benchmarks.quality.files import Run, train_missing
     from benchmarks.quality.laboratory import Laboratory
     from benchmarks.quality.plan import candidates
-    from benchmarks.quality.report import chosen
-    from benchmarks.quality.rises import rises
+    from benchmarks.quality.results import chosen
 
+    def laboratory() -> Laboratory:
+        return Laboratory(device=arguments.device)
+
+    number, of = map(int, arguments.part.split("/"))
+    best = chosen(RESULTS)
     if arguments.stage == "stacking":
         from benchmarks.quality.stacking import stacking
 
-        STACKING.write_text(json.dumps(rounded(stacking(Laboratory()))) + "\n")
+        STACKING.write_text(json.dumps(rounded(stacking(laboratory()))) + "\n")
         print(STACKING)
-        return 0
-    number, of = map(int, arguments.part.split("/"))
-    if arguments.stage == "transfer":
+    elif arguments.stage == "transfer":
         from benchmarks.quality.transfer import METHODS, transfer
 
-        best = chosen(RESULTS)
         wanted = {"methods": arguments.methods or [one for one in METHODS if one in best]}
         wanted |= {"seeds": arguments.seeds, "tasks": arguments.tasks, "part": (number, of)}
         wanted |= {"subjects_dir": arguments.subjects_dir, "classes": arguments.classes}
-        return exit_code(lambda: transfer(TRANSFER, best, **wanted))
-    folder = RISES if arguments.stage == "rises" else RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    if arguments.stage == "choose":
-        runs = [(one, CHOOSING_SEED, False) for one in candidates(arguments.methods)]
-        runs = [run for run in runs if not arguments.rates or run[0].learning_rate in arguments.rates]
+        transfer(TRANSFER, best, **wanted, stack=arguments.stack, device=arguments.device)
+    elif arguments.stage == "rises":
+        from benchmarks.quality.rises import rises
+
+        named = [best[method] for method in arguments.methods or ASCENTS if method in best]
+        runs = [Run(RISES, one, seed) for seed in arguments.seeds for one in named]
+        missing = [run for run in runs[number - 1 :: of] if not run.path.exists()]
+        one_for_all = laboratory() if missing else None
+        for run in missing:
+            run.write(rises(one_for_all, run.configuration, run.seed))
+            print(run.path, flush=True)
     else:
-        best = chosen(RESULTS)
-        methods = arguments.methods or (ASCENTS if arguments.stage == "rises" else sorted(best))
-        runs = [(best[method], seed, True) for seed in arguments.seeds for method in methods if method in best]
-    laboratory = None
-    for configuration, seed, finished in runs[number - 1 :: of]:
-        path = folder / f"{configuration.slug}-seed{seed}.json"
-        if path.exists():
-            continue
-        laboratory = laboratory or Laboratory()
-        if arguments.stage == "rises":
-            path.write_text(json.dumps(rounded(rises(laboratory, configuration, seed))) + "\n")
-            print(path, flush=True)
-            continue
-        found = laboratory.train(configuration, seed, all_losses=finished, finished=finished)
-        path.write_text(json.dumps(rounded(found)) + "\n")
-        last = found["evaluations"][max(found["evaluations"])]
-        print(f"seed {seed}: {configuration}: " + ", ".join(f"{k} {v:.4f}" for k, v in last.items()), flush=True)
-    return 0
+        measuring = arguments.stage == "measure"
+        if measuring:
+            named = [best[method] for method in arguments.methods or sorted(best) if method in best]
+        else:
+            rates = arguments.rates
+            named = [one for one in candidates(arguments.methods) if not rates or one.learning_rate in rates]
+        seeds = arguments.seeds if measuring else (CHOOSING_SEED,)
+        runs = [Run(RESULTS, one, seed) for seed in seeds for one in named]
+        train_missing(
+            laboratory, runs[number - 1 :: of], stack=arguments.stack, all_losses=measuring, finished=measuring
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Trains one configuration with the trainer itself and measures what came out."""
+"""Trains configurations with the trainer itself, alone or stacked, and measures what came out."""
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.quality.measures import pictures, rounding, sharpness
 from benchmarks.quality.plan import Configuration
+from benchmarks.quality.stacked import Member, stacked
 from benchmarks.quality.tasks import Held, Task, solid_icons
 from bilora_diffusion.adapters import auxiliary_off
 from bilora_diffusion.assembly import Machine, assemble, read_pictures
@@ -22,20 +24,41 @@ from bilora_diffusion.prompts import EmbeddedPrompts
 from bilora_diffusion.randomness import generator
 from bilora_diffusion.sdxl import encode_images, latents_from, time_ids
 
-__all__ = ["BATCH", "Laboratory"]
+__all__ = ["BATCH", "Laboratory", "training_config"]
 
 STREAMS = {"validation": 0, "test": 1, "training": 2, "flat": 3}
 RANK, ALPHA, BATCH = 4, 8.0, 4
 
 
-class Laboratory:
-    """The base, the icons and everything that is the same for all configurations."""
+def training_config(configuration: Configuration, task: Task, **flags: Any) -> TrainingConfig:
+    """What the trainer is told."""
+    settings = {
+        "pretrained_model_name_or_path": EMBEDDED,
+        "instance_data_dir": str(task.folder),
+        "method": configuration.method,
+        "learning_rate": configuration.learning_rate,
+        "rank": RANK,
+        "lora_alpha": ALPHA,
+        "train_batch_size": BATCH,
+        "center_crop": True,
+    }
+    return TrainingConfig(**settings | flags | dict(task.settings) | configuration.settings)
 
-    def __init__(self, task: Task | None = None) -> None:
+
+class Laboratory:
+    """The base, the icons and everything that is the same for all configurations.
+
+    Arguments:
+        device: that trains and draws; runs of another device are no pairs of these.
+    """
+
+    def __init__(self, task: Task | None = None, device: str = "cpu") -> None:
         self.task = task or solid_icons()
         self.icons, self.lists = Icons.shipped(), shipped_lists()
         self.base = Base(EMBEDDED)
-        self.pipeline = self.base.load(*PARTS)
+        self.device = torch.device(device)
+        self.pipeline = self.base.load(*PARTS).to(self.device)
+        self._one_at_a_time = threading.Lock()
         self.evaluations = {name: self._draws(held, STREAMS[name]) for name, held in self.task.held.items()}
 
     def _draws(self, held: Held, stream: int) -> list[Batch]:
@@ -56,8 +79,9 @@ class Laboratory:
         )
         sizes = time_ids((64, 64), (0, 0), (64, 64)).expand(count, -1)
         given = prompts.conditioning(captions, sizes)
-        ones = torch.ones(count)
-        whole = Batch(latents, noise, timesteps, given, ones, ones)
+        ones = torch.ones(count, device=self.device)
+        latents, noise, timesteps = (tensor.to(self.device) for tensor in (latents, noise, timesteps))
+        whole = Batch(latents, noise, timesteps, given.to(self.device), ones, ones)
         return [
             Batch(
                 whole.latents[rows],
@@ -72,20 +96,8 @@ class Laboratory:
 
     def assembled(self, configuration: Configuration, seed: int):
         """The trainer of one run, as the command builds it."""
-        settings = {
-            "pretrained_model_name_or_path": EMBEDDED,
-            "instance_data_dir": str(self.task.folder),
-            "method": configuration.method,
-            "learning_rate": configuration.learning_rate,
-            "rank": RANK,
-            "lora_alpha": ALPHA,
-            "train_batch_size": BATCH,
-            "max_train_steps": self.task.steps,
-            "center_crop": True,
-            "seed": seed,
-        }
-        config = TrainingConfig(**settings | dict(self.task.settings) | configuration.settings)
-        machine = Machine(torch.device("cpu"), torch.float32, 0, 1, lambda: None)
+        config = training_config(configuration, self.task, seed=seed, max_train_steps=self.task.steps)
+        machine = Machine(self.device, torch.float32, 0, 1, lambda: None)
         found, _ = read_pictures(config)
         return assemble(config, machine, found, seed=seed, steps_of=lambda _: self.task.steps)
 
@@ -104,10 +116,34 @@ class Laboratory:
             all_losses: at each.
             finished: with `measures` of the end.
         """
-        parts = self.assembled(configuration, seed)
+        return self.train_all([(configuration, seed)], all_losses=all_losses, finished=finished)[0]
+
+    def train_all(
+        self, runs: Sequence[tuple[Configuration, int]], *, all_losses: bool = False, finished: bool = False
+    ) -> list[dict[str, Any]]:
+        """Several, stacked over one base; each as if alone, to the rounding of larger batches."""
+        assembled = [self.assembled(configuration, seed) for configuration, seed in runs]
+
+        def run(number: int, member: Member | None = None) -> dict[str, Any]:
+            parts, (configuration, seed) = assembled[number], runs[number]
+            result = self._trained(parts, configuration, seed, all_losses, member)
+            if finished:
+                with self._one_at_a_time:  # they share the pipeline that draws
+                    result |= self._finished(parts, seed)
+            return result
+
+        if len(runs) == 1:
+            return [run(0)]
+        return stacked(self.pipeline.unet, [parts.models["unet"] for parts in assembled], run)
+
+    def _trained(
+        self, parts, configuration: Configuration, seed: int, all_losses: bool, member: Member | None
+    ) -> dict[str, Any]:
         losses, gaps, evaluations, seconds = [], [], {}, 0.0
         for step in range(self.task.steps):
             micro_batches = self.drawn(parts, step)
+            if member is not None:
+                micro_batches = member.bind(micro_batches)
             if parts.method.perturbs and (step + 1) % 50 == 0:
                 gaps.append(self._gap(parts, micro_batches))
             began = time.perf_counter()
@@ -116,7 +152,9 @@ class Laboratory:
             if step + 1 in self.task.evaluated_at:
                 whole = all_losses or step + 1 == self.task.steps
                 evaluations[step + 1] = self.evaluate(parts, self.evaluations if whole else ("validation",))
-        result = {
+        if member is not None:
+            member.leave()
+        return {
             "method": configuration.method,
             "learning_rate": configuration.learning_rate,
             "settings": configuration.settings,
@@ -126,13 +164,11 @@ class Laboratory:
             "evaluations": evaluations,
             "loss_gaps": gaps,
             "training_losses": losses,
-            "seconds": seconds,
+            "seconds": seconds if member is None else None,  # its own cannot be told from the others'
+            "device": str(self.device),
             "versions": package_versions(),
             "singular_share": parts.radius.singular_share if parts.radius else None,
         }
-        if finished:
-            result |= self._finished(parts, seed)
-        return result
 
     def _finished(self, parts, seed: int) -> dict[str, Any]:
         """Pictures, flatness and robustness of what would be exported."""
@@ -166,7 +202,7 @@ class Laboratory:
         return (sum(one.loss() * len(one) for one in bound) / sum(map(len, bound))).item()
 
     def _bound(self, parts, name: str) -> list[TrainingMicroBatch]:
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         objective, batches = parts.trainer.objective, self.evaluations[name]
         share = 1 / len(batches)
         return [TrainingMicroBatch(batch, parts.models, objective, torch.float32, share, scaler) for batch in batches]

@@ -11,6 +11,10 @@ RATES_OF_LORA = (2.5e-4, *RATES, 2e-3)
 """Wider, to see that LoRA's best lies between the others' rates."""
 
 
+FULL_RANK = 160
+"""The widest layer's: `bilora-fresh` then holds the batch's whole gradient, and is SAM in the space of the weights."""
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One training, but for its seed.
@@ -47,6 +51,8 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 6.0},
         {"rho": 2.0, "ascent": "sgd"},
         {"rho": 2.0, "ascent": "normalized"},
+        {"rho": 0.7},
+        {"rho": 2.0, "auxiliary_init": "kaiming"},
         {"rho": 2.0, "sigma": 0.5, "sigma_schedule": "constant"},
     ],
     "bilora-fresh": [
@@ -54,6 +60,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 1.0, "ascent_share": 1.0},
         {"rho": 1.0, "ascent_share": 0.5},
         {"rho": 1.0, "ascent_share": 0.25},
+        {"rho": 1.0, "ascent_share": 1.0, "auxiliary_rank": FULL_RANK},
         {"rho": 1.0, "ascent_share": 0.5, "sigma": 0.5, "sigma_schedule": "constant"},
         {"rho": 0.475734, "ascent_share": 1.0, "ascent_basis": "tracked"},
         {"rho": 0.475734, "ascent_share": 0.5, "ascent_basis": "tracked"},
@@ -67,9 +74,12 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     ],
     "dual-lora": [{}],
     "flat-lora": [
-        {"sigma": 0.1},
+        {"sigma": 0.1, "sigma_schedule": "cosine"},
         {"sigma": 0.3, "sigma_schedule": "constant"},
         {"sigma": 0.5, "sigma_schedule": "constant"},
+        {"sigma": 1.0, "sigma_schedule": "constant"},
+        {"sigma": 0.5, "sigma_schedule": "linear"},
+        {"sigma": 0.5, "sigma_schedule": "cosine"},
     ],
     "rwp-lora": [{"sigma": 0.1}, {"sigma": 0.5}],
     "lora-sam": [{"rho": 0.05}, {"rho": 0.2}, {"rho": 0.5}],

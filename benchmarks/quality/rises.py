@@ -43,12 +43,12 @@ def _at_half_size(batch: Batch, _: Generator) -> Batch:
 
 
 def _with_other_noise(batch: Batch, random: Generator) -> Batch:
-    return replace(batch, noise=torch.randn(batch.noise.shape, generator=random))
+    return replace(batch, noise=torch.randn(batch.noise.shape, generator=random).to(batch.noise.device))
 
 
 def _at_other_times(batch: Batch, random: Generator) -> Batch:
     times = torch.randint(0, 1000, batch.timesteps.shape, generator=random)
-    return replace(_with_other_noise(batch, random), timesteps=times)
+    return replace(_with_other_noise(batch, random), timesteps=times.to(batch.timesteps.device))
 
 
 CHEAPER: dict[str, Callable[[Batch, Generator], Batch]] = {

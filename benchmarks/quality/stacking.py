@@ -1,40 +1,59 @@
-"""Would it be cheaper to train several adapters stacked over one base? What the base costs a row in larger batches.
-
-With m adapters stacked, one batch of m x 4 rows goes through the base instead of m batches of 4. What that can save is
-what a row gets cheaper in the larger batch; each row's own adapter comes on top, in batched products.
-"""
+"""Is it cheaper to train several runs stacked over one base? The steps of 2, 4 and 8 of them, against their number."""
 
 import statistics
 import time
 from typing import Any
 
+import torch
+
 from benchmarks.quality.laboratory import BATCH, Laboratory
+from benchmarks.quality.plan import Configuration
+from benchmarks.quality.stacked import Member, stacked
 from bilora_diffusion.finishing import package_versions
-from bilora_diffusion.sdxl import denoise
 
-__all__ = ["ADAPTERS", "stacking"]
+__all__ = ["RUNS", "stacking"]
 
-ADAPTERS = (1, 2, 4, 8, 12)
-ROUNDS = 9
+RUNS = (1, 2, 4, 8)
+ROUNDS = 5
+STEPS = 5
 
 
 def stacking(laboratory: Laboratory) -> dict[str, Any]:
-    """By number of adapters the median CPU seconds of the UNet's forward and backward pass; the sizes take turns."""
-    unet = laboratory.pipeline.unet.requires_grad_(False).train()
-    batch = laboratory.evaluations["training"][0]
-    seconds: dict[int, list[float]] = {count: [] for count in ADAPTERS}
-    for _ in range(ROUNDS):
-        for count in ADAPTERS:
-            rows = slice(0, count * BATCH)
-            latents = batch.latents[rows].clone().requires_grad_()
-            began = time.process_time()
-            predicted = denoise({"unet": unet}, latents, batch.timesteps[rows], batch.conditioning[rows])
-            predicted.square().mean().backward()
-            seconds[count].append(time.process_time() - began)
+    """By number of runs the median seconds of a step of all of them; the numbers take turns.
+
+    Of the processor on a CPU, which other work disturbs less; elapsed on a GPU.
+    """
+    assembled = [laboratory.assembled(Configuration("lora", 5e-4), seed) for seed in range(max(RUNS))]
+    unets = [parts.models["unet"] for parts in assembled]
+    seconds: dict[int, list[float]] = {count: [] for count in RUNS}
+    for round_ in range(ROUNDS):
+
+        def steps(number: int, member: Member | None = None, first: int = round_ * STEPS) -> None:
+            parts = assembled[number]
+            for step in range(first, first + STEPS):
+                micro_batches = laboratory.drawn(parts, step)
+                parts.trainer.training_step(member.bind(micro_batches) if member else micro_batches, step)
+
+        for count in RUNS:
+            began = _now(laboratory.device)
+            if count == 1:
+                steps(0)
+            else:
+                stacked(laboratory.pipeline.unet, unets[:count], steps)
+            seconds[count].append((_now(laboratory.device) - began) / STEPS)
     medians = {count: statistics.median(values) for count, values in seconds.items()}
     return {
         "batch": BATCH,
+        "device": str(laboratory.device),
         "seconds": medians,
+        "samples": seconds,
         "share_of_separate": {count: value / (count * medians[1]) for count, value in medians.items()},
         "versions": package_versions(),
     }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()

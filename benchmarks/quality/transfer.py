@@ -1,13 +1,12 @@
 """What was chosen on the 3D icons, trained on other tasks: does what was seen there hold elsewhere?"""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.quality.files import Run, train_missing
 from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.plan import Configuration
 from benchmarks.quality.tasks import STYLES, Task, batch_of_one, style, subjects
-from benchmarks.recording import rounded
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.flags import nearest, show
 
@@ -29,6 +28,8 @@ def transfer(
     subjects_dir: Path | None = None,
     classes: Sequence[str] = (),
     part: tuple[int, int] = (1, 1),
+    stack: int = 1,
+    device: str = "cpu",
 ) -> None:
     """Trains what has no file yet in a folder of the task's name.
 
@@ -38,6 +39,8 @@ def transfer(
         subjects_dir: of DreamBooth's subjects; None: without them.
         classes: their class words; see `concepts.dreambooth_concepts`.
         part: (i, n): every n-th run, from the i-th.
+        stack: so many runs of a task at once.
+        device: that trains.
 
     Raises:
         UserError: a task is not known, or its pictures cannot be had.
@@ -59,27 +62,11 @@ def transfer(
             raise UserError(f"--methods: nothing was chosen for {show(method)}; there is {', '.join(best)}")
     number, of = part
     wanted = [run for run in runs if not tasks or run[0] in tasks]
-    _train(folder, best, makers, wanted[number - 1 :: of])
-
-
-Run = tuple[str, int, str]
-"""Task, seed, method."""
-
-
-def _train(
-    folder: Path, best: Mapping[str, Configuration], makers: Mapping[str, Callable[[], Task]], runs: Sequence[Run]
-) -> None:
-    """A laboratory is made once for the runs of a task, which stand together."""
-    laboratory = None
-    for name, seed, method in runs:
-        path = folder / name / f"{best[method].slug}-seed{seed}.json"
-        if path.exists():
-            continue
-        if laboratory is None or laboratory.task.name != name:
-            laboratory = Laboratory(makers[name]())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = laboratory.train(best[method], seed, all_losses=True)
-        path.write_text(json.dumps(rounded(found | {"task": name})) + "\n")
-        last = found["evaluations"][max(found["evaluations"])]
-        losses = ", ".join(f"{kind} {loss:.4f}" for kind, loss in last.items())
-        print(f"{name}, seed {seed}: {best[method]}: {losses}", flush=True)
+    mine = wanted[number - 1 :: of]
+    for name in dict.fromkeys(name for name, _, _ in mine):
+        train_missing(
+            lambda name=name: Laboratory(makers[name](), device),
+            [Run(folder / name, best[method], seed) for task, seed, method in mine if task == name],
+            stack=stack,
+            all_losses=True,
+        )

@@ -1,0 +1,46 @@
+"""What a step of a configuration costs beside LoRA's: its time, and its memory."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.laboratory import BATCH, training_config
+from benchmarks.quality.plan import FULL_RANK, Configuration
+from benchmarks.quality.results import NOISE, kind_of
+from benchmarks.quality.tasks import solid_icons
+from benchmarks.speed.report import ratio_to_baseline
+from bilora_diffusion.memory.estimate import estimate
+
+__all__ = ["step_bytes", "time_cost", "time_ratios"]
+
+
+def time_ratios(speed: Path) -> dict[str, float]:
+    """Time of a step by method, as a share of LoRA's."""
+    content = json.loads(speed.read_text())
+    return {name: ratio_to_baseline(content, name)[0] for name in content["contenders"]}
+
+
+def time_cost(configuration: Configuration, ratios: Mapping[str, float], batch: int = BATCH) -> float | None:
+    """That of a configuration, from what was measured with a whole second pass, and with looksam's at each fifth step.
+
+    Of a second pass on some rows so much of what the whole one adds; on top of it the noise's.
+    """
+    ratio = ratios.get(kind_of(configuration), ratios.get(configuration.method))
+    settings = configuration.settings
+    if ratio is None or settings.get("auxiliary_rank") == FULL_RANK:  # whose adapter is a model of its own
+        return None
+    rows = math.ceil(settings.get("ascent_share", 1.0) * batch) / batch
+    noise = ratios["flat-lora"] - 1 if kind_of(configuration).endswith(NOISE) else 0.0
+    return 1 + rows * 5 / settings.get("looksam_every", 5) * (ratio - 1) + noise
+
+
+def step_bytes(configuration: Configuration) -> int:
+    """What a training step on the 3D icons holds at its peak, the frozen UNet included.
+
+    Counted without data, in float32, as `python -m bilora_diffusion.memory` does: with CUDA's kernels and blocks.
+    """
+    phases = estimate(training_config(configuration, solid_icons()), torch.float32).phases
+    return next(phase.allocated for phase in phases if phase.name == "training step")

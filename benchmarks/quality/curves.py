@@ -1,0 +1,86 @@
+"""The losses over the steps of what was measured, a panel each."""
+
+import math
+import statistics
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.differences import Row
+from benchmarks.quality.measured import measured_rows
+from benchmarks.quality.results import CHOOSING_SEED, chosen, runs
+from bilora_diffusion.paired import half_width
+from bilora_diffusion.report.plots import COLOURS
+
+__all__ = ["draw"]
+
+COLUMNS = 4
+WIDTH_LETTERS = 46  # of a panel
+LOSSES = {"test": "unseen 3D icons", "training": "the 23 trained ones", "flat": "flat icons"}
+
+
+def draw(folder: Path, path: Path) -> bool:
+    """LoRA's losses in the first panel; in the others differences to it, with their 95 % intervals.
+
+    Arguments:
+        folder: of the runs' files.
+        path: of the PNG.
+
+    Returns:
+        False if nothing was measured on other seeds than the choosing one, and nothing written.
+    """
+    from matplotlib.figure import Figure
+
+    measured = [run for run in runs(folder) if run["seed"] != CHOOSING_SEED]
+    if not measured:
+        return False
+    rows = measured_rows(measured, chosen(folder))
+    count = math.ceil(len(rows) / COLUMNS)
+    figure = Figure(figsize=(3.3 * COLUMNS, 2.4 * count), layout="constrained")
+    axes = figure.subplots(count, COLUMNS, squeeze=False).flat
+    for axis in axes[len(rows) :]:
+        axis.set_visible(False)
+    shared = next(iter(axes[1:]), None)  # one scale for all differences
+    for axis, row in zip(axes, rows, strict=False):
+        if not row.is_lora and axis is not shared:
+            axis.sharey(shared)
+        for (name, told), colour in zip(LOSSES.items(), COLOURS, strict=False):
+            _line(axis, row, name, told, colour)
+        axis.set_title(_wrapped(row.title), fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=7, loc="center right", bbox_to_anchor=(1, 0.35))
+    axes[0].set_ylabel("loss", fontsize=8)
+    for axis in axes[1 : len(rows)]:
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        axis.set_ylabel("difference to lora, 1e-4", fontsize=7)
+    figure.supxlabel("steps", fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return True
+
+
+def _line(axis: Any, row: Row, name: str, told: str, colour: str) -> None:
+    """The mean over the seeds at the steps where the loss was measured, and its interval."""
+    steps = [step for step, losses in sorted(row.runs[0][0]["evaluations"].items(), key=_number) if name in losses]
+    scale = 1 if row.is_lora else 1e4
+    points = []
+    for step in steps:
+        pairs = row.values(lambda run, step=step: run["evaluations"][step][name])
+        points.append([scale * (own - (0 if row.is_lora else plain)) for own, plain in pairs])
+    places = [int(step) for step in steps]
+    means = [statistics.fmean(values) for values in points]
+    axis.plot(places, means, color=colour, label=told, marker=".", linewidth=1.3)
+    if len(points[0]) > 1:
+        halves = [half_width(values) for values in points]
+        lows, highs = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+        axis.fill_between(places, lows, highs, color=colour, alpha=0.18, linewidth=0)
+
+
+def _number(item: tuple[str, Any]) -> int:
+    return int(item[0])
+
+
+def _wrapped(title: str) -> str:
+    """The method on a line of its own."""
+    method, _, settings = title.partition(", ")
+    return "\n".join([method, *textwrap.wrap(settings, WIDTH_LETTERS)])

@@ -1,0 +1,62 @@
+"""The table's section on other tasks, for which nothing was chosen."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.costs import time_cost
+from benchmarks.quality.differences import Row, cell, test_cells, title
+from benchmarks.quality.plan import Configuration
+from benchmarks.quality.results import at_best, configuration_of, kind, last, runs
+
+__all__ = ["elsewhere_section"]
+
+ELSEWHERE = {
+    "3d-batch-1": "the same icons, a picture a step",
+    "high-contrast": "black silhouettes of the same 23 names",
+    "openmoji": "outlines with flat colours, of the same 23 names",
+}
+SUBJECTS = "photographs of one subject: two or three to learn, one to validate, one to test"
+
+
+def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: Mapping[str, float]) -> list[str]:
+    """A table for each task; all subjects are one. A row is one configuration, whatever is chosen by now."""
+    groups: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for run in runs(place):
+            cluster = str(run["seed"]) if place.name in ELSEWHERE else place.name
+            groups.setdefault(ELSEWHERE.get(place.name, SUBJECTS), {})[run["key"], cluster] = run
+    lines = [
+        "## Elsewhere, with the settings chosen above",
+        "",
+        "Nothing was chosen here: learning rates and strengths are those that the 3D icons' validation names chose; "
+        "of a row that says so they chose another one. "
+        "Columns as above; `flat, last`: what is forgotten, at the end. LoRA's rows have its values, in the losses' "
+        "own units, and their standard error.",
+        "",
+    ]
+    for task, found in groups.items():
+        (baseline,) = {run["key"] for run in found.values() if kind(run) == "lora"}
+        clusters = sorted({cluster for key, cluster in found if key == baseline})
+        batch = 1 if task == ELSEWHERE["3d-batch-1"] else 4
+        lines += [
+            f"### {task[0].upper()}{task[1:]}",
+            "",
+            ("Subjects: " if task == SUBJECTS else "Seeds: ") + ", ".join(clusters) + ".",
+            "",
+            "| method | test, best | test, equal time | test, last | training, last | flat, best | flat, last |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for key in sorted({key for key, _ in found}, key=lambda name: (name != baseline, name)):
+            pairs = [(found[key, one], found[baseline, one]) for one in clusters if (key, one) in found]
+            if pairs:
+                row = Row(title(configuration_of(pairs[0][0]), best), key == baseline, pairs)
+                cells = _transferred_cells(row, time_cost(row.configuration, ratios, batch))
+                lines.append("| " + " | ".join([row.title, *cells]) + " |")
+        lines.append("")
+    return lines
+
+
+def _transferred_cells(row: Row, cost: float | None) -> list[str]:
+    values = [lambda run: last(run)["training"], lambda run: at_best(run, "flat"), lambda run: last(run)["flat"]]
+    return [*test_cells(row, cost), *(cell(row.values(value), 4, row.is_lora) for value in values)]

@@ -1,0 +1,115 @@
+"""The table's section on the names that were held back: losses and pictures of what was chosen."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.quality.costs import step_bytes, time_cost
+from benchmarks.quality.differences import Row, cell, interval, test_cells, title
+from benchmarks.quality.plan import Configuration
+from benchmarks.quality.results import at_best, configuration_of, last
+
+__all__ = ["PICTURE_MEASURES", "measured_rows", "measured_section"]
+
+PICTURE_MEASURES = {
+    "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true 3D icon, in [-2, 2]"),
+    "similarity_to_true_few_steps": ("in 8 steps", "the same with 8 sampling steps instead of 20"),
+    "distance_to_true": ("squared error", "mean squared difference of colours to the true icon, less is better"),
+    "retrieved_top_10": ("found in 10", "share of names whose own 3D icon is among the nearest 10 of all 506"),
+    "nearest_training_picture": ("like a training icon", "similarity to the nearest of the 23: copying"),
+    "diversity": ("diversity", "2 less the similarity between two seeds' pictures of a name"),
+    "scorer_3d": ("scorer", "similarity to the name in 3D by the embedded scorer, in [-1, 1]"),
+    "flat_kept": ("flat kept", "similarity of flat icons to those the base draws: what is not forgotten"),
+}
+"""Title and meaning by name."""
+
+
+def measured_rows(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration]) -> list[Row]:
+    """Of each configuration, LoRA's first."""
+    baseline = best["lora"].key
+    by = {(run["key"], run["seed"]): run for run in some}
+    seeds = sorted(seed for key, seed in by if key == baseline)
+    pairs = {
+        key: [(by[key, seed], by[baseline, seed]) for seed in seeds if (key, seed) in by]
+        for key in sorted({run["key"] for run in some}, key=lambda name: (name != baseline, name))
+    }
+    return [
+        Row(title(configuration_of(runs[0][0]), best), key == baseline, runs) for key, runs in pairs.items() if runs
+    ]
+
+
+def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], curves: str | None = None) -> list[str]:
+    """Arguments:
+    rows: LoRA's first.
+    ratios: times of a step.
+    curves: the picture's address.
+    """
+    seeds = [run["seed"] for run, _ in rows[0].runs]
+    return [
+        "## Measured on the test names",
+        "",
+        f"Seeds {', '.join(map(str, seeds))}. Differences to LoRA with a 95 % interval (paired, Student's t; where it "
+        "holds 0 no difference was shown); LoRA's own row has its values and their standard error. Each method is here "
+        "as seed 0's validation names chose it; of a row that says so they chose another one.",
+        "",
+        *_losses(rows, ratios),
+        *([f"![losses over steps]({curves})", ""] if curves else []),
+        *_pictures(rows),
+    ]
+
+
+def _losses(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
+    lines = [
+        "### Losses",
+        "",
+        "Differences in 1e-4. `best`: each run at its step of lowest validation loss; `equal time`: the same among the "
+        "steps that it makes while LoRA makes all of its own; `last`: at the end; `gap`: test less training, at the "
+        "end; `8 bits`: test at the end, the adapted weights rounded to 8 bits; `sharpness`: the rise of the training "
+        "loss after a step of 1 % of the merged weights' norm along the gradient; `memory`: the most that a step holds "
+        "at once, in MB of 10^6 bytes, LoRA's with the frozen UNet, the others' on top of LoRA's. Memory is counted, "
+        "not measured: `bilora_diffusion.memory` runs the trainer's step on tensors without data, in float32, and adds "
+        "up what CUDA would hold.",
+        "",
+        "| method | test, best | test, equal time | test, last | gap | flat, best | flat, last | 8 bits | sharpness "
+        "| time a step | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    plain = rows[0]
+    plain_bytes = step_bytes(plain.configuration)
+    for row in rows:
+        cells = _loss_cells(row, time_cost(row.configuration, ratios))
+        memory = 0 if row.is_lora else step_bytes(row.configuration) - plain_bytes
+        cells.append(f"{plain_bytes / 1e6:.1f}" if row.is_lora else f"{memory / 1e6:+.1f}")
+        lines.append("| " + " | ".join([row.title, *cells]) + " |")
+    stopped = interval([1e4 * (at_best(run, "test") - last(run)["test"]) for run, _ in plain.runs], 0)
+    return [*lines, "", f"LoRA's own test loss at its best step, less that after its last: {stopped}.", ""]
+
+
+def _pictures(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "### Pictures",
+        "",
+        f"{len(PICTURE_MEASURES)} measures of 48 unseen names, drawn after the last step. "
+        + "; ".join(f"`{title}`: {told}" for title, told in PICTURE_MEASURES.values())
+        + ".",
+        "",
+        "| method | " + " | ".join(title for title, _ in PICTURE_MEASURES.values()) + " |",
+        "|---|" + "---|" * len(PICTURE_MEASURES),
+    ]
+    for row in rows:
+        cells = [
+            cell(row.values(lambda run, name=name: run["pictures"][name]), 3, row.is_lora) for name in PICTURE_MEASURES
+        ]
+        lines.append("| " + " | ".join([row.title, *cells]) + " |")
+    return [*lines, ""]
+
+
+def _loss_cells(row: Row, cost: float | None) -> list[str]:
+    values = [
+        lambda run: last(run)["test"] - last(run)["training"],
+        lambda run: at_best(run, "flat"),
+        lambda run: last(run)["flat"],
+        lambda run: run["rounded_to_8_bits"],
+        lambda run: run["sharpness"]["rises"][run["sharpness"]["sizes"].index(0.01)],
+    ]
+    cells = [cell(row.values(value), 4, row.is_lora) for value in values]
+    return [*test_cells(row, cost), *cells, "" if cost is None else f"x {cost:.2f}"]
