@@ -22,7 +22,7 @@ from bilora_diffusion.methods.lora_sam import LoRASAM
 from bilora_diffusion.methods.rwp_lora import RWPLoRA
 from bilora_diffusion.methods.s2_sam import S2SAM
 from bilora_diffusion.methods.weight_noise import WeightNoise
-from bilora_diffusion.randomness import stream_seed
+from bilora_diffusion.randomness import generator, stream_seed
 from bilora_diffusion.training import Trainer
 
 RANK, AUXILIARY_RANK, SCALE, RATE, STEPS, MICRO = 3, 2, 2.0, 0.05, 8, 2
@@ -192,17 +192,19 @@ def test_looksam_at_every_step_is_lora_sam():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_flat_lora(schedule):
-    """The noise is drawn here again from its seed, and added to dense weights."""
+    """The noise is read here again from a table of the same seed, and added to dense weights."""
     experiment, sigma = Experiment(), 0.4
     theta = experiment.start
+    largest = max(W.numel() for W in experiment.merged(theta))
+    table = torch.randn(8 * 2**19 + largest, generator=generator(SEED, "noise table")).double()
     for step in range(STEPS):
         k = step / STEPS
         f = {"constant": 1.0, "linear": k, "cosine": 0.5 * (1 - math.cos(math.pi * k))}[schedule]
         noisy = []
         for number, W in enumerate(experiment.merged(theta)):
-            random = torch.Generator().manual_seed(stream_seed(SEED, "weight noise", f"unet.layers.{number}", step))
+            begin = 8 * (stream_seed(SEED, "weight noise", f"unet.layers.{number}", step) % 2**19)
             std = f * sigma / math.sqrt(W.shape[1]) * W.norm(dim=1, keepdim=True)
-            noisy.append(W + torch.randn(W.shape, generator=random).double() * std)
+            noisy.append(W + table[begin : begin + W.numel()].view(W.shape) * std)
         theta = descend(theta, chain(experiment.gradients(step)(noisy, WHOLE), theta))
     noise = WeightNoise(experiment.models, SEED)
     experiment.train(FlatLoRA(noise, sigma, schedule, STEPS))

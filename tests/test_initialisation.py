@@ -24,7 +24,7 @@ from bilora_diffusion.lora_files.difference import file_factors
 from bilora_diffusion.lora_files.model_card import model_card
 from bilora_diffusion.lora_files.outputs import compare_outputs, record_outputs
 from bilora_diffusion.lora_files.verification import TrainedRecord, record_trained, verify_file
-from bilora_diffusion.methods.weight_noise import _row_norms, _weight
+from bilora_diffusion.methods.row_norms import RowNorms
 from bilora_diffusion.progress import Progress
 
 MOVED = ("pissa", "pissa_niter_4", "olora", "lora_ga")
@@ -191,9 +191,10 @@ def test_the_radius_is_measured_on_the_base(build: Builder) -> None:
 def test_the_noise_is_a_share_of_the_merged_weight(build: Builder, trained: bool) -> None:
     run = build("flat-lora", init_lora_weights="pissa", lora_layers="to_k,conv1", learning_rate=0.1)
     run.train(2 if trained else 0)
-    for _, _, layer in layers(run):
-        norms, rows = _row_norms(layer, _weight(layer).square().sum(1)).double(), merged(layer).norm(dim=1)
-        torch.testing.assert_close(norms, rows, rtol=1e-4, atol=0)
+    adapted = [layer for _, _, layer in layers(run)]
+    for layer, norms in zip(adapted, RowNorms(adapted).now(), strict=True):
+        rows = merged(layer).norm(dim=1)
+        torch.testing.assert_close(norms.double(), rows, rtol=1e-4, atol=0)
         assert ((rows / weight(layer).norm(dim=1) - 1).abs().max() > 0.05) == trained
 
 

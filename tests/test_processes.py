@@ -69,7 +69,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "loss_gap_steps": 2,
         **SMALL,
     },
-    # As many directions as the layers have: the sketch is the gradient but for those that are a thousandth or less of the
+    # As many directions as the layers have: the sketch is the gradient but for those a thousandth as strong as the
     # strongest, which rounding keeps or drops. Without an average over the processes the weights differ by 0.24.
     "sketched gradients": {"method": "bilora-fresh", "ascent_share": 1, "auxiliary_rank": 64, "rho": 0.05, **SMALL},
     "base prediction": {"with_prior_preservation": True, "prior_source": "base_prediction", **SMALL},

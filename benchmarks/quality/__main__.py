@@ -1,8 +1,9 @@
-"""python -m benchmarks.quality choose | measure | rises | stacking | report | paper | dreambench
+"""python -m benchmarks.quality choose | measure | confirm | transfer | rises | stacking | report | paper | dreambench
 
     choose    trains every candidate of `plan` on seed 0: learning rate and strength are chosen by the loss on the
               validation names at each run's best step
     measure   trains the chosen ones on five other seeds, measures on the test names, draws pictures
+    confirm   the same for the methods that README recommends, as the trainer has them by default, on five new seeds
     transfer  trains the chosen ones on other tasks: other styles, a batch of one, and with --subjects_dir DreamBooth's
               subjects; nothing is chosen there
     rises     how far each perturbation raises the loss of the batch at hand, all at equal norm
@@ -32,6 +33,7 @@ from bilora_diffusion.commands import exit_code
 __all__ = ["main"]
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
+CONFIRMATION = RESULTS.parent / "confirmation"
 RISES = RESULTS.parent / "rises"
 TRANSFER = RESULTS.parent / "transfer"
 STACKING = RESULTS.parent / "stacking.json"
@@ -39,6 +41,7 @@ CURVES = RESULTS.parent / "quality_curves.png"
 SPEED = RESULTS.parent / "speed_medium_cpu.json"
 CHOOSING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
+NEW_SEEDS = (6, 7, 8, 9, 10)
 ASCENTS = ("lora", "bilora", "bilora-echo", "bilora-fresh", "lora-sam", "looksam", "s2-sam", "eflat-lora")
 """Those whose perturbation is a change of the factors, and LoRA for the directions that any method could have."""
 
@@ -50,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stages.main(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "stage", choices=("choose", "measure", "transfer", "rises", "stacking", "report", *stages.STAGES)
+        "stage", choices=("choose", "measure", "confirm", "transfer", "rises", "stacking", "report", *stages.STAGES)
     )
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--rates", type=float, nargs="+", help="of `choose`: only these learning rates")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=SEEDS, help="of `measure` and `transfer`, but for subjects"
+        "--seeds", type=int, nargs="+", help="of `measure`, `confirm`, `rises` and `transfer`, but for subjects"
     )
     parser.add_argument("--subjects_dir", type=Path, help="of `transfer`: folders of photos, as DreamBooth's")
     parser.add_argument("--classes", nargs="+", default=[], help="of `transfer`: class words, as of `dreambench`")
@@ -82,13 +85,14 @@ def _run(arguments: argparse.Namespace) -> None:
     """The stages that train. Imports take seconds: not before the words are known to be right."""
     from benchmarks.quality.files import Run, train_missing
     from benchmarks.quality.laboratory import Laboratory
-    from benchmarks.quality.plan import candidates
+    from benchmarks.quality.plan import CONFIRMED, candidates
     from benchmarks.quality.results import chosen
 
     def laboratory() -> Laboratory:
         return Laboratory(device=arguments.device)
 
     number, of = map(int, arguments.part.split("/"))
+    seeds = arguments.seeds or (NEW_SEEDS if arguments.stage == "confirm" else SEEDS)
     best = chosen(RESULTS)
     if arguments.stage == "stacking":
         from benchmarks.quality.stacking import stacking
@@ -99,28 +103,30 @@ def _run(arguments: argparse.Namespace) -> None:
         from benchmarks.quality.transfer import METHODS, transfer
 
         wanted = {"methods": arguments.methods or [one for one in METHODS if one in best]}
-        wanted |= {"seeds": arguments.seeds, "tasks": arguments.tasks, "part": (number, of)}
+        wanted |= {"seeds": seeds, "tasks": arguments.tasks, "part": (number, of)}
         wanted |= {"subjects_dir": arguments.subjects_dir, "classes": arguments.classes}
         transfer(TRANSFER, best, **wanted, stack=arguments.stack, device=arguments.device)
     elif arguments.stage == "rises":
         from benchmarks.quality.rises import rises
 
         named = [best[method] for method in arguments.methods or ASCENTS if method in best]
-        runs = [Run(RISES, one, seed) for seed in arguments.seeds for one in named]
+        runs = [Run(RISES, one, seed) for seed in seeds for one in named]
         missing = [run for run in runs[number - 1 :: of] if not run.path.exists()]
         one_for_all = laboratory() if missing else None
         for run in missing:
             run.write(rises(one_for_all, run.configuration, run.seed))
             print(run.path, flush=True)
     else:
-        measuring = arguments.stage == "measure"
-        if measuring:
+        folder, measuring = RESULTS, arguments.stage != "choose"
+        if arguments.stage == "confirm":
+            folder = CONFIRMATION
+            named = [one for one in CONFIRMED if not arguments.methods or one.method in arguments.methods]
+        elif measuring:
             named = [best[method] for method in arguments.methods or sorted(best) if method in best]
         else:
-            rates = arguments.rates
+            rates, seeds = arguments.rates, (CHOOSING_SEED,)
             named = [one for one in candidates(arguments.methods) if not rates or one.learning_rate in rates]
-        seeds = arguments.seeds if measuring else (CHOOSING_SEED,)
-        runs = [Run(RESULTS, one, seed) for seed in seeds for one in named]
+        runs = [Run(folder, one, seed) for seed in seeds for one in named]
         train_missing(
             laboratory, runs[number - 1 :: of], stack=arguments.stack, all_losses=measuring, finished=measuring
         )

@@ -13,6 +13,7 @@ from benchmarks.quality.results import NOISE, kind_of
 from benchmarks.quality.tasks import solid_icons
 from benchmarks.speed.report import ratio_to_baseline
 from bilora_diffusion.memory.estimate import estimate
+from bilora_diffusion.methods.building import FRESH_ROWS
 
 __all__ = ["step_bytes", "time_cost", "time_ratios"]
 
@@ -26,15 +27,16 @@ def time_ratios(speed: Path) -> dict[str, float]:
 def time_cost(configuration: Configuration, ratios: Mapping[str, float], batch: int = BATCH) -> float | None:
     """That of a configuration, from what was measured with a whole second pass, and with looksam's at each fifth step.
 
-    Of a second pass on some rows so much of what the whole one adds; on top of it the noise's.
+    Of a second pass on some rows so much of what the whole one adds; on top of it the noise's, in both passes.
     """
     ratio = ratios.get(kind_of(configuration), ratios.get(configuration.method))
     settings = configuration.settings
     if ratio is None or settings.get("auxiliary_rank") == FULL_RANK:  # whose adapter is a model of its own
         return None
-    rows = math.ceil(settings.get("ascent_share", 1.0) * batch) / batch
+    fresh = configuration.method == "bilora-fresh"
+    rows = math.ceil(settings.get("ascent_share", FRESH_ROWS if fresh else 1.0) * batch) / batch
     noise = ratios["flat-lora"] - 1 if kind_of(configuration).endswith(NOISE) else 0.0
-    return 1 + rows * 5 / settings.get("looksam_every", 5) * (ratio - 1) + noise
+    return 1 + rows * 5 / settings.get("looksam_every", 5) * (ratio - 1) + noise * (1 + rows if fresh else 1)
 
 
 def step_bytes(configuration: Configuration) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Configuration", "candidates"]
+__all__ = ["CONFIRMED", "Configuration", "candidates"]
 
 RATES = (5e-4, 1e-3)
 RATES_OF_LORA = (2.5e-4, *RATES, 2e-3)
@@ -90,6 +90,13 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "nbar": [{"bar_strength": 0.25}, {"bar_strength": 2.0}, {"bar_strength": 8.0}],
 }
 """At each method's own flags; `rwp-full` is flat-lora with a constant schedule."""
+
+
+CONFIRMED = tuple(
+    Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")
+)
+"""Methods that differed from LoRA, with the strengths that the trainer has by default, at LoRA's learning rate: what
+README recommends. Named before the seeds that measure it were run."""
 
 
 def candidates(methods: list[str] | None = None) -> Iterator[Configuration]:

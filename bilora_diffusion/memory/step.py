@@ -20,6 +20,7 @@ from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic, rounded
 from bilora_diffusion.methods.building import FRESH_ROWS
 from bilora_diffusion.methods.gradient_sketch import OVERSAMPLING
+from bilora_diffusion.methods.weight_noise import table_length
 from bilora_diffusion.sdxl import Conditioning
 
 __all__ = ["StepMemory", "rows_in_batch", "simulate_step"]
@@ -179,12 +180,13 @@ def _sketch_bytes(config: TrainingConfig, models: Mapping[str, nn.Module]) -> in
 def _noise_bytes(config: TrainingConfig, models: Mapping[str, nn.Module], primary: list[nn.Parameter]) -> int:
     """What noise takes within a step.
 
-    On the factors: itself and what it displaces. On the weights: a norm and a deviation for each row, and the noise of
-    the largest layer, with its sum with the weight.
+    On the factors: itself and what it displaces. On the weights: a norm and a deviation for each row, the table, and
+    the largest layer's sum of weight and noise.
     """
     if config.method == "rwp-lora":
         return 2 * sum(rounded(4 * parameter.numel()) for parameter in primary)
     if config.method not in NOISE_METHODS and not config.sigma:
         return 0
     shapes = [layer.get_base_layer().weight.shape for model in models.values() for _, layer in adapted_layers(model)]
-    return sum(2 * rounded(4 * shape[0]) for shape in shapes) + 2 * 4 * max(shape.numel() for shape in shapes)
+    largest = max(shape.numel() for shape in shapes)
+    return sum(2 * rounded(4 * shape[0]) for shape in shapes) + 4 * (table_length(largest) + largest)

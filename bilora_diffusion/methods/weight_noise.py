@@ -1,17 +1,22 @@
 """Random noise on the adapted weights that lives in the computation: no weight is changed, not even by rounding.
 
-    y = x W'^T + x N^T,    N_ij ~ std_i N(0, 1),    std_i = sigma ||W'_i|| / sqrt(n)
+    y = x W'^T + x N^T,    N_ij = std_i T[o + i n + j],    std_i = sigma ||W'_i|| / sqrt(n)
 
 for each output row i of the merged weight W' = W0 + s B A (- s B0 A0, with a start that is not zero), n its number of
-inputs. N is drawn from a seed when the product is computed and drawn again when the gradient is, so that it takes the
-memory of one layer and works on any base, quantised ones and gradient checkpointing included. Its norm is
-sigma ||W'||_F on average. Where the layer is fused the two products are one, x (W0 + N)^T: in half precision the sum is
-rounded as any result is, so that a sigma below a few thousandths is lost.
+inputs. T is a table of standard normal numbers, drawn once; o, where a layer's noise begins in it, is drawn anew for
+each layer and step. N is made in the forward pass and again in the backward pass: it takes the memory of one layer and
+works on any base, quantised ones and gradient checkpointing included, and random numbers drawn twice for each weight
+would take longer than the products. Its norm is sigma ||W'||_F on average. Where the layer is fused the two products
+are one, x (W0 + N)^T: in half precision the sum is rounded as any result is, so that a sigma below a few thousandths
+is lost.
 
 Reference:
     Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape (Li et al., 2025), arXiv 2409.14396, Eq. 6-8.
+    Evolution Strategies as a Scalable Alternative to Reinforcement Learning (Salimans et al., 2017), arXiv 1703.03864,
+    section 2.1: perturbations of a network read at random places of one block of Gaussian noise.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,15 +24,25 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from bilora_diffusion.adapters import PRIMARY, START, adapted_layers
+from bilora_diffusion.adapters import PRIMARY, adapted_layers
 from bilora_diffusion.fused import FusedLinear
-from bilora_diffusion.randomness import stream_seed
+from bilora_diffusion.methods.row_norms import RowNorms, base_weight
+from bilora_diffusion.randomness import generator, stream_seed
 
-__all__ = ["WeightNoise"]
+__all__ = ["WeightNoise", "table_length"]
+
+PLACES = 1 << 19
+"""Where a layer's noise may begin."""
+STRIDE = 8
+"""Numbers from one place to the next: 16 bytes in half precision, which a GPU reads at once."""
+
+
+def table_length(largest: int) -> int:
+    """Numbers in the table for a largest layer of so many weights."""
+    return PLACES * STRIDE + largest
 
 
 class WeightNoise:
@@ -40,11 +55,19 @@ class WeightNoise:
 
     def __init__(self, models: Mapping[str, nn.Module], seed: int) -> None:
         self.seed = seed
-        self.layers = [
-            (f"{part}.{name}", layer) for part, model in models.items() for name, layer in adapted_layers(model)
+        self._layers = [
+            (f"{part}.{name}", _LayerNoise(layer))
+            for part, model in models.items()
+            for name, layer in adapted_layers(model)
         ]
-        with torch.no_grad():
-            self._squares = [_weight(layer).square().sum(1) for _, layer in self.layers]  # ||W0_i||^2, never changes
+        self._norms = RowNorms([noise.layer for _, noise in self._layers])
+        largest = max((noise.size for _, noise in self._layers), default=0)
+        numbers = torch.randn(table_length(largest), generator=generator(seed, "noise table"))
+        tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        for _, noise in self._layers:
+            if noise.place not in tables:
+                tables[noise.place] = numbers.to(*noise.place)
+            noise.table = tables[noise.place]
 
     @contextmanager
     def on(self, step: int, sigma: float) -> Iterator[None]:
@@ -56,10 +79,9 @@ class WeightNoise:
         undo: list[Callable[[], object]] = []
         try:
             if sigma > 0:
-                for (name, layer), squares in zip(self.layers, self._squares, strict=True):
-                    deviation = _row_norms(layer, squares) * (sigma / math.sqrt(_inputs(layer)))
-                    noise = _LayerNoise(layer, deviation, stream_seed(self.seed, "weight noise", name, step))
-                    undo.append(noise.put_on())
+                for (name, noise), norms in zip(self._layers, self._norms.now(), strict=True):
+                    offset = STRIDE * (stream_seed(self.seed, "weight noise", name, step) % PLACES)
+                    undo.append(noise.at(offset, norms * (sigma / math.sqrt(noise.inputs))).put_on())
             yield
         finally:
             for take_off in undo:
@@ -67,18 +89,37 @@ class WeightNoise:
 
 
 class _LayerNoise:
-    """N of one layer at one step; nothing is kept but its seed.
+    """N of one layer, which `at` makes that of a step.
 
-    Arguments:
-        deviation: std_i, (out,), float32.
+    Attributes:
+        size: how many numbers it has.
+        place: the table's device and precision: the device of the factors, and the weight's precision where that is a
+            half one, so that the two are added as they are.
+        table: T, given afterwards.
+        offset: o of the step.
+        deviation: std_i of the step, (out,), in the table's precision.
     """
 
-    def __init__(self, layer: BaseTunerLayer, deviation: Tensor, seed: int) -> None:
+    table: Tensor
+    offset: int
+    traced_offset: Tensor
+    deviation: Tensor
+
+    def __init__(self, layer: BaseTunerLayer) -> None:
         self.layer = layer
-        self.deviation = deviation
-        self.seed = seed
-        self.traced_seed = torch.tensor(seed)  # on the host; --compile takes another number for another program
         self.kernel = _kernel(layer)
+        self.inputs = math.prod(self.kernel)
+        weight = base_weight(layer)
+        self.size = weight.numel()
+        self.place = layer.lora_A[PRIMARY].weight.device, weight.dtype if weight.itemsize == 2 else torch.float32
+
+    def at(self, offset: int, deviation: Tensor) -> "_LayerNoise":
+        """The noise of these deviations that begins there in the table."""
+        noise = copy.copy(self)
+        noise.deviation = deviation.to(self.table.dtype)
+        noise.offset = offset
+        noise.traced_offset = torch.tensor(offset)  # on the host; --compile takes another number for another program
+        return noise
 
     def put_on(self) -> Callable[[], object]:
         """Lets the layer compute with it; returns what takes it off."""
@@ -88,9 +129,10 @@ class _LayerNoise:
         hook = self.layer.register_forward_hook(lambda layer, given, y: y + self.product(given[0].to(y.dtype)))
         return hook.remove
 
-    def draw(self) -> Tensor:
-        """N as (out, in) or (out, in, k, k), float32."""
-        return _draw(self.deviation, self.seed, math.prod(self.kernel)).reshape(-1, *self.kernel)
+    def whole(self) -> Tensor:
+        """N as (out, in) or (out, in, k, k), in the table's precision."""
+        rows = _rows(self.table, self.deviation, self.offset, self.inputs)
+        return (rows * self.deviation[:, None]).view(-1, *self.kernel)
 
     def linear(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """x (W0 + N)^T + b, (rows, in) -> (rows, out); without a weight x N^T alone."""
@@ -101,33 +143,35 @@ class _LayerNoise:
         return self._product(gradient, weight, None, transposed=True)
 
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, transposed: bool) -> Tensor:
+        noise = self.table, self.deviation
         if torch.compiler.is_compiling():
-            return _opaque_product(x, weight, bias, self.deviation, self.traced_seed, self.kernel[0], transposed)
-        return _perturbed_product(x, weight, bias, self.deviation, self.seed, self.kernel[0], transposed)
+            return _opaque_product(x, weight, bias, *noise, self.traced_offset, self.inputs, transposed)
+        return _perturbed_product(x, weight, bias, *noise, self.offset, self.inputs, transposed)
 
     def product(self, x: Tensor) -> Tensor:
         """x N^T, or the convolution of x with N."""
         return _NoiseProduct.apply(x, self)
 
 
-def _draw(deviation: Tensor, seed: int, inputs: int) -> Tensor:
-    random = torch.Generator(deviation.device).manual_seed(seed)
-    drawn = torch.randn(len(deviation), inputs, generator=random, device=deviation.device)
-    return drawn.mul_(deviation[:, None])
+def _rows(table: Tensor, deviation: Tensor, offset: int, inputs: int) -> Tensor:
+    """Standard normal numbers, (out, inputs); a view."""
+    return table.narrow(0, offset, len(deviation) * inputs).view(-1, inputs)
 
 
 def _perturbed_product(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    table: Tensor,
     deviation: Tensor,
-    seed: int,
+    offset: int,
     inputs: int,
     transposed: bool,
 ) -> Tensor:
     """The sum W0 + N is rounded once."""
-    drawn = _draw(deviation, seed, inputs)
-    perturbed = (drawn if weight is None else weight + drawn).to(x.dtype)
+    rows, deviations = _rows(table, deviation, offset, inputs), deviation[:, None]
+    perturbed = rows * deviations if weight is None else torch.addcmul(weight, rows, deviations)
+    perturbed = perturbed.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return x @ perturbed if transposed else linear(x, perturbed, None if bias is None else bias.to(x.dtype))
 
@@ -137,13 +181,14 @@ def _opaque_product(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    table: Tensor,
     deviation: Tensor,
-    seed: Tensor,
+    offset: Tensor,
     inputs: int,
     transposed: bool,
 ) -> Tensor:
-    """`_perturbed_product` for --compile, which cannot trace generators, and would keep N for the backward pass."""
-    return _perturbed_product(x, weight, bias, deviation, int(seed), inputs, transposed)
+    """`_perturbed_product` for --compile, which would keep N for the backward pass."""
+    return _perturbed_product(x, weight, bias, table, deviation, int(offset), inputs, transposed)
 
 
 @_opaque_product.register_fake
@@ -151,8 +196,9 @@ def _(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    table: Tensor,
     deviation: Tensor,
-    seed: Tensor,
+    offset: Tensor,
     inputs: int,
     transposed: bool,
 ) -> Tensor:
@@ -160,7 +206,7 @@ def _(
 
 
 class _NoiseProduct(torch.autograd.Function):
-    """x N^T, or the convolution of x with N; N is drawn anew in the backward pass."""
+    """x N^T, or the convolution of x with N; N is made anew in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, noise: _LayerNoise) -> Tensor:
@@ -168,16 +214,16 @@ class _NoiseProduct(torch.autograd.Function):
         if len(noise.kernel) == 1:
             return noise.linear(x, None, None)
         with torch.autocast(x.device.type, enabled=False):
-            return conv2d(x, noise.draw().to(x.dtype), None, *_geometry(noise.layer))
+            return conv2d(x, noise.whole().to(x.dtype), None, *_geometry(noise.layer))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         noise = ctx.noise
         if len(noise.kernel) == 1:
             return noise.backward(gradient, None), None
-        drawn = noise.draw().to(gradient.dtype)
+        whole = noise.whole().to(gradient.dtype)
         with torch.autocast(gradient.device.type, enabled=False):
-            return torch.nn.grad.conv2d_input(ctx.shape, drawn, gradient, *_geometry(noise.layer)), None
+            return torch.nn.grad.conv2d_input(ctx.shape, whole, gradient, *_geometry(noise.layer)), None
 
 
 def _geometry(layer: BaseTunerLayer) -> tuple[Any, ...]:
@@ -189,29 +235,3 @@ def _kernel(layer: BaseTunerLayer) -> tuple[int, ...]:
     """What follows `out` in the weight's shape. A quantised weight has another shape than it stands for."""
     base = layer.get_base_layer()
     return (base.in_features,) if hasattr(base, "in_features") else tuple(base.weight.shape[1:])
-
-
-def _inputs(layer: BaseTunerLayer) -> int:
-    return math.prod(_kernel(layer))
-
-
-def _weight(layer: BaseTunerLayer) -> Tensor:
-    """W0 as (out, inputs), float32."""
-    return dequantize_module_weight(layer.get_base_layer()).detach().flatten(1).float()
-
-
-@torch.no_grad()
-def _row_norms(layer: BaseTunerLayer, squares: Tensor) -> Tensor:
-    """||W'_i|| of the merged weight, (out,), float32.
-
-    ||W0_i + s B_i A||^2 = ||W0_i||^2 + s B_i . (2 W0_i A' + s B_i A A'), with products of rank r only.
-    """
-    if PRIMARY in layer.lora_magnitude_vector:
-        return layer.lora_magnitude_vector[PRIMARY].weight.detach().flatten().float().abs()  # a DoRA's rows have it
-    present = [adapter for adapter in (PRIMARY, START) if adapter in layer.lora_A]
-    A = torch.cat([layer.lora_A[adapter].weight.detach().flatten(1).float() for adapter in present])
-    B = torch.cat(
-        [layer.lora_B[adapter].weight.detach().flatten(1).float() * layer.scaling[adapter] for adapter in present],
-        dim=1,
-    )
-    return (squares + (B * (2 * (_weight(layer) @ A.mT) + B @ (A @ A.mT))).sum(1)).clamp_min(0).sqrt()
