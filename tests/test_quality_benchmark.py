@@ -5,6 +5,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from PIL import Image
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import curves, files, laboratory, measures, rises, stacking, tasks
-from benchmarks.quality.costs import step_bytes
+from benchmarks.quality.costs import step_bytes, time_cost
 from benchmarks.quality.measured import PICTURE_MEASURES
-from benchmarks.quality.plan import Configuration, candidates
+from benchmarks.quality.plan import CONFIRMED, Configuration, candidates
 from benchmarks.quality.report import report
 from benchmarks.quality.results import at_best, chosen
 from bilora_diffusion.adapters import PRIMARY, parameters_of
@@ -91,6 +92,35 @@ def test_differences_are_paired(tmp_path: Path):
     assert "0.2100" in own
     drawn = [line for line in lines if "+0.100 +- 0.000" in line]
     assert len(drawn) == 1 and drawn[0].startswith("| flat-lora")
+
+
+def test_computed_times_are_those_of_the_passes():
+    """On top of what was measured with one whole pass more: the share of it, and the noise in each of both."""
+    ratios = {"lora": 1.0, "flat-lora": 1.2, "bilora": 1.1, "bilora-fresh": 2.0, "bilora-fresh, tracked": 1.8}
+
+    def cost(method: str, **settings: Any) -> float:
+        return time_cost(Configuration(method, 1e-3, settings), ratios)
+
+    noise = {"sigma": 0.5, "sigma_schedule": "constant"}
+    assert cost("bilora", **noise) == pytest.approx(1.3)
+    assert cost("bilora-fresh") == cost("bilora-fresh", ascent_share=0.5) == pytest.approx(1.5)
+    assert cost("bilora-fresh", ascent_share=0.5, **noise) == pytest.approx(1.8)
+    assert cost("bilora-fresh", ascent_share=1.0, ascent_basis="tracked") == pytest.approx(1.8)
+
+
+def test_the_defaults_have_a_section_to_themselves(tmp_path: Path):
+    write(tmp_path / "runs", Configuration("lora", 1e-3), 0, {100: 0.2})
+    for seed, level in ((6, 0.1), (7, 0.3)):
+        for configuration in CONFIRMED:
+            lower = 0.004 * (configuration.method == "nbar")
+            write(tmp_path / "confirmed", configuration, seed, {100: level - lower})
+    text = report(tmp_path / "runs", confirmation=tmp_path / "confirmed")
+    assert "new seeds" in text and "Seeds 6, 7." in text
+    for row in (line for line in text.splitlines() if line.startswith("| nbar") and "-40 +- 0" in line):
+        assert "not the choice" not in row
+        break
+    else:
+        raise AssertionError(text)
 
 
 def test_memory_is_counted_at_each_rows_own_settings(tmp_path: Path, laboratory_: laboratory.Laboratory):

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         drawn = draw(RESULTS, CURVES)
         path = RESULTS.parent / "quality.md"
-        path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER, CURVES.name if drawn else None))
+        path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER, CONFIRMATION, CURVES.name if drawn else None))
         print(path)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")

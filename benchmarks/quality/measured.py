@@ -8,7 +8,7 @@ from benchmarks.quality.differences import Row, cell, interval, test_cells, titl
 from benchmarks.quality.plan import Configuration
 from benchmarks.quality.results import at_best, configuration_of, last
 
-__all__ = ["PICTURE_MEASURES", "measured_rows", "measured_section"]
+__all__ = ["PICTURE_MEASURES", "losses_table", "measured_rows", "measured_section", "pictures_table"]
 
 PICTURE_MEASURES = {
     "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true 3D icon, in [-2, 2]"),
@@ -51,13 +51,13 @@ def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], curves: s
         "holds 0 no difference was shown); LoRA's own row has its values and their standard error. Each method is here "
         "as seed 0's validation names chose it; of a row that says so they chose another one.",
         "",
-        *_losses(rows, ratios),
+        *losses_table(rows, ratios),
         *([f"![losses over steps]({curves})", ""] if curves else []),
-        *_pictures(rows),
+        *pictures_table(rows),
     ]
 
 
-def _losses(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
+def losses_table(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
     lines = [
         "### Losses",
         "",
@@ -84,7 +84,7 @@ def _losses(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
     return [*lines, "", f"LoRA's own test loss at its best step, less that after its last: {stopped}.", ""]
 
 
-def _pictures(rows: Sequence[Row]) -> list[str]:
+def pictures_table(rows: Sequence[Row]) -> list[str]:
     lines = [
         "### Pictures",
         "",

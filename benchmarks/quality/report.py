@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.confirmation import confirmation_section
 from benchmarks.quality.costs import time_ratios
 from benchmarks.quality.elsewhere import elsewhere_section
 from benchmarks.quality.measured import measured_rows, measured_section
@@ -22,6 +23,7 @@ def report(
     stacking: Path | None = None,
     speed: Path | None = None,
     transfer: Path | None = None,
+    confirmation: Path | None = None,
     curves: str | None = None,
 ) -> str:
     """Markdown.
@@ -29,6 +31,7 @@ def report(
     Arguments:
         folder: of the runs' files.
         transfer: of the folders of the files of `transfer`.
+        confirmation: of the files of `confirm`.
         rises: of the files of `rises`.
         stacking: the file of `stacking`.
         speed: what `benchmarks.speed` measured, each method's step against LoRA's in turn; the runs' own times are of a
@@ -40,6 +43,8 @@ def report(
     lines = ["# Which method generalises?", "", *INTRODUCTION, ""]
     measured = [run for run in everything if run["seed"] != CHOOSING_SEED]
     ratios = time_ratios(speed) if speed is not None else {}
+    if confirmation is not None and confirmation.is_dir():
+        lines += confirmation_section(confirmation, ratios)
     if measured:
         lines += measured_section(measured_rows(measured, best), ratios, curves)
     if transfer is not None and transfer.is_dir():

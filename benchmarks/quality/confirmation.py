@@ -1,0 +1,30 @@
+"""The report's section on the trainer's defaults, measured on seeds that nothing was chosen by."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.quality.measured import losses_table, measured_rows, pictures_table
+from benchmarks.quality.plan import CONFIRMED
+from benchmarks.quality.results import kind_of, runs
+
+__all__ = ["confirmation_section"]
+
+
+def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]:
+    """Arguments:
+    folder: of the files of `confirm`.
+    ratios: times of a step.
+    """
+    rows = measured_rows(runs(folder), {kind_of(one): one for one in CONFIRMED})
+    seeds = ", ".join(str(run["seed"]) for run, _ in rows[0].runs)
+    return [
+        "## The trainer's defaults, on new seeds",
+        "",
+        f"Seeds {seeds}. Methods that differed from LoRA below, with the strengths that the trainer has by "
+        "default, at LoRA's learning rate: rows, settings and seeds were named before these runs, and nothing was "
+        "chosen by them. Of many intervals at 95 % one in twenty leaves 0 out by chance. Differences to LoRA "
+        "(paired, Student's t); LoRA's own row has its values and their standard error.",
+        "",
+        *losses_table(rows, ratios),
+        *pictures_table(rows),
+    ]
