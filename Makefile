@@ -47,7 +47,7 @@ format: setup
 	$(BIN)/ruff format .
 
 benchmark-quality: setup  ## all methods on the embedded base: hours on two cores, goes on where it stopped
-	for stage in choose measure; do \
+	for stage in choose measure confirm; do \
 		$(BIN)/python -m benchmarks.quality $$stage --part 1/2 & one=$$!; \
 		$(BIN)/python -m benchmarks.quality $$stage --part 2/2 && wait $$one || exit 1; \
 	done

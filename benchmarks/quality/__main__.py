@@ -42,8 +42,20 @@ SPEED = RESULTS.parent / "speed_medium_cpu.json"
 CHOOSING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 NEW_SEEDS = (6, 7, 8, 9, 10)
-ASCENTS = ("lora", "bilora", "bilora-echo", "bilora-fresh", "lora-sam", "looksam", "s2-sam", "eflat-lora")
-"""Those whose perturbation is a change of the factors, and LoRA for the directions that any method could have."""
+ASCENTS = (
+    "lora",
+    "bilora",
+    "bilora-echo",
+    "bilora-fresh",
+    "dual-lora",
+    "eflat-lora",
+    "flat-lora",
+    "looksam",
+    "lora-sam",
+    "rwp-lora",
+    "s2-sam",
+)
+"""Those that perturb, and LoRA for the directions that any method could have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,14 +98,14 @@ def _run(arguments: argparse.Namespace) -> None:
     from benchmarks.quality.files import Run, train_missing
     from benchmarks.quality.laboratory import Laboratory
     from benchmarks.quality.plan import CONFIRMED, candidates
-    from benchmarks.quality.results import chosen
+    from benchmarks.quality.results import measured_ones
 
     def laboratory() -> Laboratory:
         return Laboratory(device=arguments.device)
 
     number, of = map(int, arguments.part.split("/"))
     seeds = arguments.seeds or (NEW_SEEDS if arguments.stage == "confirm" else SEEDS)
-    best = chosen(RESULTS)
+    measured = measured_ones(RESULTS)
     if arguments.stage == "stacking":
         from benchmarks.quality.stacking import stacking
 
@@ -102,14 +114,14 @@ def _run(arguments: argparse.Namespace) -> None:
     elif arguments.stage == "transfer":
         from benchmarks.quality.transfer import METHODS, transfer
 
-        wanted = {"methods": arguments.methods or [one for one in METHODS if one in best]}
+        wanted = {"methods": arguments.methods or [one for one in METHODS if one in measured]}
         wanted |= {"seeds": seeds, "tasks": arguments.tasks, "part": (number, of)}
         wanted |= {"subjects_dir": arguments.subjects_dir, "classes": arguments.classes}
-        transfer(TRANSFER, best, **wanted, stack=arguments.stack, device=arguments.device)
+        transfer(TRANSFER, measured, **wanted, stack=arguments.stack, device=arguments.device)
     elif arguments.stage == "rises":
         from benchmarks.quality.rises import rises
 
-        named = [best[method] for method in arguments.methods or ASCENTS if method in best]
+        named = [one for method in arguments.methods or ASCENTS for one in measured.get(method, [])]
         runs = [Run(RISES, one, seed) for seed in seeds for one in named]
         missing = [run for run in runs[number - 1 :: of] if not run.path.exists()]
         one_for_all = laboratory() if missing else None
@@ -122,7 +134,7 @@ def _run(arguments: argparse.Namespace) -> None:
             folder = CONFIRMATION
             named = [one for one in CONFIRMED if not arguments.methods or one.method in arguments.methods]
         elif measuring:
-            named = [best[method] for method in arguments.methods or sorted(best) if method in best]
+            named = [one for method in arguments.methods or sorted(measured) for one in measured.get(method, [])]
         else:
             rates, seeds = arguments.rates, (CHOOSING_SEED,)
             named = [one for one in candidates(arguments.methods) if not rates or one.learning_rate in rates]

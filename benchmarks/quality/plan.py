@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CONFIRMED", "Configuration", "candidates"]
+__all__ = ["ALSO_MEASURED", "CONFIRMED", "Configuration", "candidates"]
 
 RATES = (5e-4, 1e-3)
 RATES_OF_LORA = (2.5e-4, *RATES, 2e-3)
@@ -60,6 +60,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 1.0, "ascent_share": 1.0},
         {"rho": 1.0, "ascent_share": 0.5},
         {"rho": 1.0, "ascent_share": 0.25},
+        {"rho": 2.0, "ascent_share": 0.5},
         {"rho": 1.0, "ascent_share": 1.0, "auxiliary_rank": FULL_RANK},
         {"rho": 1.0, "ascent_share": 0.5, "sigma": 0.5, "sigma_schedule": "constant"},
         {"rho": 0.475734, "ascent_share": 1.0, "ascent_basis": "tracked"},
@@ -85,13 +86,21 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "lora-sam": [{"rho": 0.05}, {"rho": 0.2}, {"rho": 0.5}],
     "looksam": [{"rho": 0.05}, {"rho": 0.2}, {"rho": 0.2, "looksam_every": 2}],
     "s2-sam": [{"rho": 0.05}, {"rho": 0.2}],
-    "eflat-lora": [{"rho": 0.01}, {"rho": 0.05}],
+    "eflat-lora": [{"rho": 0.01}, {"rho": 0.05}, {"rho": 0.5}],
     "obar": [{"bar_strength": 0.25}, {"bar_strength": 2.0}, {"bar_strength": 8.0}],
     "nbar": [{"bar_strength": 0.25}, {"bar_strength": 2.0}, {"bar_strength": 8.0}],
 }
 """At each method's own flags; `rwp-full` is flat-lora with a constant schedule."""
 
 
+_NOISE = {"sigma": 0.5, "sigma_schedule": "constant"}
+ALSO_MEASURED = (
+    Configuration("bilora", 5e-4, {"rho": 2.0}),
+    Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
+    Configuration("flat-lora", 5e-4, _NOISE),
+    Configuration("looksam", 1e-3, {"rho": 0.2}),
+)
+"""Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start, a larger radius."""
 CONFIRMED = tuple(
     Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")
 )

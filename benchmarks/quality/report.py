@@ -118,8 +118,7 @@ def _rises(some: Sequence[dict[str, Any]]) -> list[str]:
         "",
         "Rise of the batch's loss in 1e-4 (mean and standard error over steps and seeds) when the merged weights move "
         "by a share of their norm along each direction, all scaled to the same norm. The gradient's is the most that "
-        "any direction reaches to first order; a method is an ascent as far as it is above `random`, which is "
-        "Flat-LoRA's noise. Last: the norm "
+        "any direction reaches to first order; a method is an ascent as far as it is above `random`. Last: the norm "
         "that the method itself gave its perturbation.",
         "",
         "| direction | " + " | ".join(f"{100 * share:g} %" for share in shares) + " | its own norm |",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.plan import FULL_RANK, Configuration
+from benchmarks.quality.plan import ALSO_MEASURED, FULL_RANK, Configuration
 from bilora_diffusion.method_names import WITH_NOISE
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "kind",
     "kind_of",
     "last",
+    "measured_ones",
     "runs",
 ]
 
@@ -45,6 +46,15 @@ def chosen(folder: Path) -> dict[str, Configuration]:
         if kind(run) not in best or loss < best[kind(run)][0]:
             best[kind(run)] = (loss, configuration_of(run))
     return {method: configuration for method, (_, configuration) in best.items()}
+
+
+def measured_ones(folder: Path) -> dict[str, list[Configuration]]:
+    """By kind: what was chosen, and what `plan.ALSO_MEASURED` adds."""
+    found = {kind: [configuration] for kind, configuration in chosen(folder).items()}
+    for one in ALSO_MEASURED:
+        if one not in found.get(kind_of(one), [one]):
+            found[kind_of(one)].append(one)
+    return found
 
 
 def configuration_of(run: Mapping[str, Any]) -> Configuration:

@@ -135,18 +135,24 @@ def _gradient(models: Mapping[str, Any], micro_batches: Sequence[MicroBatch]) ->
 
 @torch.no_grad()
 def _own(parts, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """The method's perturbation as a change of the merged weights; zeros where it lives outside the factors."""
+    """The method's perturbation as a change of the merged weights."""
     layers = adapted(parts.models)
     with auxiliary_off(parts.models.values()):
         plain = [_product(layer) for layer in layers]
     with parts.method.perturbed(micro_batches):
-        return [_product(layer) - before for layer, before in zip(layers, plain, strict=True)]
+        return [_product(layer) + _noise(layer) - before for layer, before in zip(layers, plain, strict=True)]
 
 
 def _product(layer: BaseTunerLayer) -> Tensor:
     """What all adapters add to the weight, in its shape."""
     weight = layer.get_base_layer().weight
     return sum(layer.get_delta_weight(name) for name in layer.active_adapters).reshape(weight.shape)
+
+
+def _noise(layer: BaseTunerLayer) -> Tensor | float:
+    """What is on the weight itself."""
+    noise = getattr(layer, "perturbation", None)
+    return 0.0 if noise is None else noise.whole()
 
 
 def _cut(gradient: Tensor, rank: int) -> Tensor:

@@ -20,7 +20,7 @@ SEED_OF_SUBJECTS = 1
 
 def transfer(
     folder: Path,
-    best: Mapping[str, Configuration],
+    measured: Mapping[str, Sequence[Configuration]],
     *,
     methods: Sequence[str],
     seeds: Sequence[int],
@@ -34,7 +34,7 @@ def transfer(
     """Trains what has no file yet in a folder of the task's name.
 
     Arguments:
-        best: what was chosen, by method.
+        measured: settings by kind of method.
         tasks: names; empty: all.
         subjects_dir: of DreamBooth's subjects; None: without them.
         classes: their class words; see `concepts.dreambooth_concepts`.
@@ -58,15 +58,15 @@ def transfer(
             hint = f"did you mean {guess}?" if guess else f"there are {', '.join(makers)}"
             raise UserError(f"--tasks: {show(name)} is none: {hint}")
     for method in methods:
-        if method not in best:
-            raise UserError(f"--methods: nothing was chosen for {show(method)}; there is {', '.join(best)}")
+        if method not in measured:
+            raise UserError(f"--methods: nothing was chosen for {show(method)}; there is {', '.join(measured)}")
     number, of = part
     wanted = [run for run in runs if not tasks or run[0] in tasks]
     mine = wanted[number - 1 :: of]
     for name in dict.fromkeys(name for name, _, _ in mine):
         train_missing(
             lambda name=name: Laboratory(makers[name](), device),
-            [Run(folder / name, best[method], seed) for task, seed, method in mine if task == name],
+            [Run(folder / name, one, seed) for task, seed, method in mine if task == name for one in measured[method]],
             stack=stack,
             all_losses=True,
         )
