@@ -355,6 +355,13 @@ def test_with_no_strength_it_is_lora_and_with_some_it_is_not(build, lora_of, met
     assert difference(lora.trained, strong.tensors(), lora.start) > 1e-3
 
 
+def test_rwp_full_is_flat_lora_without_a_ramp(build):
+    runs = [build("rwp-full", sigma=0.3), build("flat-lora", sigma=0.3, sigma_schedule="constant")]
+    for run in runs:
+        run.train(3)
+    assert all_equal(*(run.tensors() for run in runs))
+
+
 @pytest.mark.parametrize("method", [name for name in STRONG if name not in ("obar", "nbar")])
 def test_a_perturbation_leaves_no_trace(build, method):
     """Looked at outside a step, as for the loss gap: no weight, gradient, hook or later step is changed."""

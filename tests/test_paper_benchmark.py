@@ -256,7 +256,7 @@ def test_another_captioner_does_not_take_the_old_captions(paper: list, told: tup
 def test_dreambench(tmp_path: Path, models: dict[str, Path]) -> None:
     subjects = subject_folder(tmp_path / "subjects", ["dog", "teapot"])
     words = ["dreambench", "--subjects_dir", subjects, "--classes", "dog=dog", "teapot=teapot", "--prompts", "2"]
-    words += ["--pictures", "1", "--seeds", "1", "--pretrained_model_name_or_path", "tiny-random", "--resolution", "64"]
+    words += ["--pictures", "1", "--seeds", "1", "--pretrained_model_name_or_path", "embedded", "--resolution", "64"]
     words += ["--clip", models["clip"], "--dino", models["dino"], "--output_dir", tmp_path / "out", *QUICK]
     with interrupted_after(1), pytest.raises(KeyboardInterrupt):
         carry_out(words)

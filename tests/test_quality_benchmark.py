@@ -139,7 +139,7 @@ def test_memory_is_counted_at_each_rows_own_settings(tmp_path: Path, laboratory_
         for seed in (0, 1):
             write(tmp_path, one, seed, {100: 0.2})
     rows = [line.split(" | ") for line in report(tmp_path).splitlines() if "lr 0.001" in line]
-    memory = {row[0]: row[-1] for row in rows if len(row) == 11}
+    memory = {row[0]: row[-1] for row in rows if len(row) == 14}
     assert memory == {
         f"| {lora}": f"{plain / 1e6:.1f} |",
         f"| {bilora}": f"+{(second - plain) / 1e6:.1f} |",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bilora_diffusion.bases import Base
@@ -171,9 +172,25 @@ def test_the_command_measures_and_draws(run: Path, tmp_path: Path, capsys: pytes
         assert picture.width > 500
 
 
-def test_the_course_of_a_known_turn(run: Path):
-    course = cosines_to_the_last(run)
-    assert all(-1 <= value <= 1.000001 for value in course["primary"] + course["auxiliary"])
+def test_the_course_of_a_known_turn(tmp_path: Path):
+    """B A in the plane of two matrices, at 60 and 30 degrees from where it ends; the auxiliary begins at nothing."""
+    random = torch.Generator().manual_seed(0)
+    A = torch.linalg.qr(torch.randn(6, 4, generator=random))[0].mT  # rows of length 1 at right angles
+    B = torch.randn(5, 2, generator=random)
+    for number, degrees in ((10, 60), (20, 30), (30, 0)):
+        turn = math.radians(degrees)
+        turned = math.cos(turn) * A[:2] + math.sin(turn) * A[2:]
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        for file, size in (("pytorch_lora_weights.safetensors", 1.0), ("auxiliary.safetensors", float(number > 10))):
+            layers = {f"unet.{layer}.lora_{side}.weight": one.clone().contiguous()
+                      for layer, scale in (("a", 1.0), ("b", 3.0))
+                      for side, one in (("A", scale * turned), ("B", size * number * B))}  # fmt: skip
+            save_file(layers, folder / file)
+    course = cosines_to_the_last(tmp_path)
+    assert course["steps"] == [10, 20, 30]
+    assert course["primary"] == pytest.approx([0.5, math.sqrt(0.75), 1.0], abs=1e-6)
+    assert course["auxiliary"] == [None, *(pytest.approx(value, abs=1e-6) for value in (math.sqrt(0.75), 1.0))]
 
 
 @pytest.mark.parametrize(
@@ -193,8 +210,6 @@ def test_mistakes_get_one_line(words: list[str], told: str, capsys: pytest.Captu
 
 
 def test_another_file_is_refused(tmp_path: Path):
-    from safetensors.torch import save_file
-
     save_file({"something": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"not a LoRA for this base|no LoRA layer"):
         scene(tmp_path / "other.safetensors")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.laboratory import BATCH, training_config
-from benchmarks.quality.plan import FULL_RANK, Configuration
+from benchmarks.quality.plan import Configuration
 from benchmarks.quality.results import NOISE, kind_of
 from benchmarks.quality.tasks import solid_icons
 from benchmarks.speed.report import ratio_to_baseline
@@ -27,11 +27,12 @@ def time_ratios(speed: Path) -> dict[str, float]:
 def time_cost(configuration: Configuration, ratios: Mapping[str, float], batch: int = BATCH) -> float | None:
     """That of a configuration, from what was measured with a whole second pass, and with looksam's at each fifth step.
 
-    Of a second pass on some rows so much of what the whole one adds; on top of it the noise's, in both passes.
+    Of a second pass on some rows so much of what the whole one adds; on top of it the noise's, in both passes. Of the
+    full space it is the least: the wider sketch comes on top.
     """
     ratio = ratios.get(kind_of(configuration), ratios.get(configuration.method))
     settings = configuration.settings
-    if ratio is None or settings.get("auxiliary_rank") == FULL_RANK:  # whose adapter is a model of its own
+    if ratio is None:
         return None
     fresh = configuration.method == "bilora-fresh"
     rows = math.ceil(settings.get("ascent_share", FRESH_ROWS if fresh else 1.0) * batch) / batch

@@ -1,5 +1,6 @@
 """The table's section on the names that were held back: losses and pictures of what was chosen."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,17 +62,19 @@ def losses_table(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
     lines = [
         "### Losses",
         "",
-        "Differences in 1e-4. `best`: each run at its step of lowest validation loss; `equal time`: the same among the "
-        "steps that it makes while LoRA makes all of its own; `last`: at the end; `gap`: test less training, at the "
-        "end; `8 bits`: test at the end, the adapted weights rounded to 8 bits; `sharpness`: the rise of the training "
-        "loss after a step of 1 % of the merged weights' norm along the gradient; `memory`: the most that a step holds "
-        "at once, in MB of 10^6 bytes, LoRA's with the frozen UNet, the others' on top of LoRA's. Memory is counted, "
-        "not measured: `bilora_diffusion.memory` runs the trainer's step on tensors without data, in float32, and adds "
-        "up what CUDA would hold.",
+        "Differences in 1e-4; before each of the test losses its mean and standard error. `best`: each run at its "
+        "step of lowest validation loss; `equal time`: the same among the steps that it makes while LoRA makes all "
+        "of its own; `last`: at the end; `gap`: test less training, at the end; `raised`: how much the perturbation "
+        "raises the loss of the batch at hand, mean over the run, in 1e-4; `8 bits`: test at the end, the adapted "
+        "weights rounded to 8 bits; `sharpness`: the rise of the training loss after a step of 1 % of the merged "
+        "weights' norm along the gradient; `memory`: the most that a step holds at once, in MB of 10^6 bytes, "
+        "LoRA's with the frozen UNet, the others' on top of LoRA's. Memory is counted, not measured: "
+        "`bilora_diffusion.memory` runs the trainer's step on tensors without data, in float32, and adds up what "
+        "CUDA would hold. Full space takes at least the time that is given.",
         "",
-        "| method | test, best | test, equal time | test, last | gap | flat, best | flat, last | 8 bits | sharpness "
-        "| time a step | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | mean, best | mean, last | test, best | test, equal time | test, last | gap | raised "
+        "| flat, best | flat, last | 8 bits | sharpness | time a step | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     plain = rows[0]
     plain_bytes = step_bytes(plain.configuration)
@@ -104,12 +107,18 @@ def pictures_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _loss_cells(row: Row, cost: float | None) -> list[str]:
+    means = [
+        cell(row.values(value), 4, True) for value in (lambda run: at_best(run, "test"), lambda run: last(run)["test"])
+    ]
+    gap = cell(row.values(lambda run: last(run)["test"] - last(run)["training"]), 4, row.is_lora)
+    gaps = [1e4 * statistics.fmean(run["loss_gaps"]) for run, _ in row.runs if run["loss_gaps"]]
+    raised = f"{statistics.fmean(gaps):+.1f}" if gaps else ""
     values = [
-        lambda run: last(run)["test"] - last(run)["training"],
         lambda run: at_best(run, "flat"),
         lambda run: last(run)["flat"],
         lambda run: run["rounded_to_8_bits"],
         lambda run: run["sharpness"]["rises"][run["sharpness"]["sizes"].index(0.01)],
     ]
     cells = [cell(row.values(value), 4, row.is_lora) for value in values]
-    return [*test_cells(row, cost), *cells, "" if cost is None else f"x {cost:.2f}"]
+    differences = [""] * 3 if row.is_lora else test_cells(row, cost)
+    return [*means, *differences, gap, raised, *cells, "" if cost is None else f"x {cost:.2f}"]
