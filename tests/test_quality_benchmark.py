@@ -338,3 +338,23 @@ def test_a_stack_of_runs_is_written_and_equals_runs_alone(
     files.train_missing(lambda: pytest.fail("nothing is missing"), runs, stack=2, all_losses=False)
     with pytest.raises(UserError, match="--stack is 0"):
         files.train_missing(lambda: laboratory_, runs, stack=0, all_losses=False)
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+def test_what_is_done_is_written_though_another_run_fails(
+    laboratory_: laboratory.Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stack: int
+) -> None:
+    monkeypatch.setattr(laboratory_, "task", replace(laboratory_.task, evaluated_at=(1, 2)))
+    monkeypatch.setattr(laboratory_, "evaluations", few_of(laboratory_.evaluations))
+    trained = laboratory_._trained
+
+    def failing(parts: Any, configuration: Configuration, seed: int, *rest: Any) -> dict:
+        if seed == 2:
+            raise ValueError("no space left on device")
+        return trained(parts, configuration, seed, *rest)
+
+    monkeypatch.setattr(laboratory_, "_trained", failing)
+    runs = [files.Run(tmp_path, Configuration("lora", 1e-3), seed) for seed in (1, 2, 3)]
+    with pytest.raises(ValueError, match="no space"):
+        files.train_missing(lambda: laboratory_, runs, stack=stack, all_losses=False)
+    assert [run.path.exists() for run in runs] == [True, False, stack == 3]
