@@ -285,7 +285,7 @@ def test_what_was_chosen_is_trained_elsewhere(tmp_path: Path, monkeypatch: pytes
     (row,) = (line for line in text.splitlines() if line.startswith("| nbar, lr") and " +- " in line)
     assert row.split(" | ")[3].startswith(f"{mean:+.0f} +- ")
     assert command.main([*words, "--methods", "looksam"]) == 2
-    assert "nothing was chosen for 'looksam'" in capsys.readouterr().err
+    assert "transfer trains no 'looksam': there are lora, nbar" in capsys.readouterr().err
     assert command.main([*words, "--tasks", "brid"]) == 2
     assert "did you mean bird?" in capsys.readouterr().err
 
@@ -358,3 +358,43 @@ def test_what_is_done_is_written_though_another_run_fails(
     with pytest.raises(ValueError, match="no space"):
         files.train_missing(lambda: laboratory_, runs, stack=stack, all_losses=False)
     assert [run.path.exists() for run in runs] == [True, False, stack == 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("choose --device cuda:99", "--device 'cuda:99' cannot be used: "),
+        ("choose --device foo", "--device 'foo' cannot be used: "),
+        ("choose --device meta", "--device 'meta' cannot be used: "),
+        ("choose --part 1", "--part is '1': give i/n"),
+        ("measure --part 3/2", "--part is '3/2': give i/n"),
+        ("rises --part 0/2", "--part is '0/2': give i/n"),
+        ("choose --methods lroa", "choose trains no 'lroa': did you mean lora?"),
+        ("confirm --methods looksam", "confirm trains no 'looksam': there are lora, bilora"),
+        ("measure --methods lora nbra", "measure trains no 'nbra': did you mean nbar?"),
+        ("transfer --methods xyz", "transfer trains no 'xyz': there are lora, nbar"),
+        ("transfer --tasks openmojis", "there is no 'openmojis': did you mean openmoji?"),
+        ("rises --methods LoRAs", "rises trains no 'LoRAs': did you mean lora?"),
+        ("measure --stack 0", "--stack is 0: give 1 or more"),
+        ("rises --stack 2", "--stack: rises has none"),
+        ("stacking --stack 8", "--stack: stacking has none"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, words: str, said: str
+) -> None:
+    for one in (Configuration("lora", 1e-3), Configuration("nbar", 1e-3)):
+        write(tmp_path / "quality", one, 0, {100: 0.2})
+    for name in ("RESULTS", "CONFIRMATION", "RISES", "TRANSFER", "STACKING"):
+        monkeypatch.setattr(command, name, tmp_path / name.lower().replace("results", "quality"))
+    monkeypatch.setattr(laboratory, "Laboratory", lambda *_, **__: pytest.fail("nothing is to be trained"))
+    assert command.main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("stage", ["measure", "transfer", "rises"])
+def test_nothing_chosen_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, stage: str) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "quality")
+    assert command.main([stage]) == 2
+    assert "run choose first" in capsys.readouterr().err
