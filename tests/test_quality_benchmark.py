@@ -14,10 +14,10 @@ from PIL import Image
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import curves, files, laboratory, measures, rises, stacking, tasks
 from benchmarks.quality.costs import step_bytes, time_cost
-from benchmarks.quality.measured import PICTURE_MEASURES
+from benchmarks.quality.measured import PICTURE_MEASURES, measured_rows
 from benchmarks.quality.plan import CONFIRMED, Configuration, candidates
 from benchmarks.quality.report import report
-from benchmarks.quality.results import at_best, chosen
+from benchmarks.quality.results import at_best, chosen, runs
 from bilora_diffusion.adapters import PRIMARY, parameters_of
 from bilora_diffusion.embedded import icons
 from bilora_diffusion.errors import UserError
@@ -35,7 +35,9 @@ def few_of(evaluations: dict) -> dict:
     return {name: [rises._first_rows(batches[0], 8 / len(batches[0]))] for name, batches in evaluations.items()}
 
 
-def write(folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], pictures: float = 0.0):
+def write(
+    folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], pictures: float = 0.0, **more: Any
+) -> None:
     run = {
         "method": configuration.method,
         "learning_rate": configuration.learning_rate,
@@ -48,11 +50,12 @@ def write(folder: Path, configuration: Configuration, seed: int, losses: dict[in
         },
         "loss_gaps": [0.002] if configuration.method != "lora" else [],
         "training_losses": [0.1] * 10,
+        "seconds": 1.0,
         "pictures": dict.fromkeys(PICTURE_MEASURES, pictures),
         "sharpness": {"sizes": [0.01, 0.02], "rises": [0.001, 0.002], "loss": 0.1},
         "rounded_to_8_bits": max(losses.values()) + 0.01,
-    }
-    folder.mkdir(exist_ok=True)
+    } | more
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{configuration.slug}-seed{seed}.json").write_text(json.dumps(run))
 
 
@@ -160,6 +163,82 @@ def test_curves_are_of_what_was_measured_on_other_seeds(tmp_path: Path):
     assert sizes[0] == sizes[3] and sizes[4][1] == 2 * sizes[3][1]  # four panels in a row
     with Image.open(tmp_path / "curves.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_points_of_the_curves_are_paired_differences(tmp_path: Path):
+    lora, nbar = Configuration("lora", 1e-3), Configuration("nbar", 1e-3)
+    for seed, level in ((0, 0.2), (1, 0.2), (2, 0.4)):
+        write(tmp_path, lora, seed, {50: level, 100: level / 2})
+        write(tmp_path, nbar, seed, {50: level - 0.002 * seed, 100: level / 2 + 0.003})
+    rows = measured_rows([run for run in runs(tmp_path) if run["seed"] != 0], chosen(tmp_path))
+    plain, other = ([point[:2] for point in curves.points(row, "test")] for row in rows)
+    assert plain == [(50, pytest.approx(0.31)), (100, pytest.approx(0.16))]
+    assert other == [(50, pytest.approx(-30)), (100, pytest.approx(30))]
+    halves = [[half for _, _, half in curves.points(row, "test")] for row in rows]
+    t = 12.706  # of Student's at 95 %, one degree of freedom; the standard error of two is half their distance
+    assert halves[0] == pytest.approx([t * 0.1, t * 0.05], rel=1e-4)
+    assert halves[1] == [pytest.approx(t * 10, rel=1e-4), pytest.approx(0, abs=1e-6)]
+    write(tmp_path, nbar, 3, {50: 0.1})
+    write(tmp_path, Configuration("obar", 1e-3), 1, {50: 0.1})
+    (*_, one_seed) = measured_rows([run for run in runs(tmp_path) if run["seed"] != 0], chosen(tmp_path))
+    assert [half for *_, half in curves.points(one_seed, "test")] == [0.0]
+
+
+def test_runs_of_other_devices_are_no_pairs(tmp_path: Path):
+    lora, nbar, obar = (Configuration(method, 1e-3) for method in ("lora", "nbar", "obar"))
+    for seed in (0, 1, 2, 3):
+        write(tmp_path / "runs", lora, seed, {100: 0.2})  # an old file: of the CPU
+        write(tmp_path / "runs", nbar, seed, {100: 0.2 - 0.1 * (seed == 3)}, device="cuda:0" if seed == 3 else "cpu")
+        write(tmp_path / "runs", obar, seed, {100: 0.1}, device="cuda", seconds=None)
+        write(tmp_path / "transfer" / "openmoji", lora, seed, {100: 0.2}, device="cuda")
+        write(tmp_path / "transfer" / "openmoji", nbar, seed, {100: 0.1}, device="cpu")
+    (tmp_path / "stacking.json").write_text(
+        json.dumps({"device": "cpu", "batch": 4, "share_of_separate": {"1": 1.0, "8": 0.8}})
+    )
+    text = report(tmp_path / "runs", transfer=tmp_path / "transfer", stacking=tmp_path / "stacking.json")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| nbar")]
+    assert rows and all(row[0] == "| nbar, lr 0.001 (2 of 3 runs)" for row in rows)
+    assert "+0 +- 0" in rows[0]
+    assert not any(line.startswith("| obar") for line in text.splitlines())
+    assert text.count("Not compared") == 2
+    assert "same seed or subject and device: obar, lr 0.001." in text
+    assert "same seed or subject and device: nbar, lr 0.001." in text
+    assert "trained: 11 one by one on cpu, 5 one by one on cuda, 4 stacked on cuda." in text
+
+
+def test_a_report_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    """Nothing; runs without LoRA's; kinds without the choosing seed; other runs of LoRA's than the chosen."""
+    folders = {name: tmp_path / name.lower() for name in ("RESULTS", "CONFIRMATION", "RISES", "TRANSFER")}
+    for name, folder in folders.items():
+        monkeypatch.setattr(command, name, folder)
+    monkeypatch.setattr(command, "STACKING", tmp_path / "stacking.json")
+    monkeypatch.setattr(command, "CURVES", tmp_path / "curves.png")
+
+    def made() -> str:
+        assert command.main(["report"]) == 0, capsys.readouterr().err
+        return (tmp_path / "quality.md").read_text()
+
+    assert "0 candidates" in made()
+    nbar, obar = Configuration("nbar", 1e-3), Configuration("obar", 1e-3)
+    for folder in (folders["RESULTS"], folders["CONFIRMATION"], folders["TRANSFER"] / "openmoji"):
+        for seed in (1, 2):
+            write(folder, nbar, seed, {100: 0.2})
+    assert made().count("has no run of the same seed or subject and device: nbar, lr 0.001.") == 3
+    assert not (tmp_path / "curves.png").exists()
+    lora, other = Configuration("lora", 1e-3), Configuration("lora", 5e-4)
+    write(folders["RESULTS"], lora, 0, {100: 0.1})
+    for folder in (folders["RESULTS"], folders["TRANSFER"] / "openmoji"):
+        for seed in (1, 2):
+            write(folder, lora, seed, {100: 0.2})
+            write(folder, other, seed, {100: 0.2})
+        write(folder, obar, 2, {100: 0.1})
+    lines = made().splitlines()
+    assert sum(line.startswith("| lora, lr 0.001 | 0.2") for line in lines) == 2
+    assert sum(line.startswith("| lora, lr 0.0005 (not the choice) |") for line in lines) == 3
+    assert sum(line.startswith("| nbar, lr 0.001 (no choice: seed 0 was not run) |") for line in lines) == 3
+    assert (
+        sum(line.startswith("| obar, lr 0.001 (no choice: seed 0 was not run) (1 of 2 runs) |") for line in lines) == 3
+    )
 
 
 def test_under_equal_time_a_slower_method_has_fewer_steps():
