@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import curves, files, laboratory, measures, rises, stacking, tasks
 from benchmarks.quality.costs import step_bytes, time_cost
-from benchmarks.quality.measured import PICTURE_MEASURES
+from benchmarks.quality.measured import PICTURE_MEASURES, measured_rows
 from benchmarks.quality.plan import CONFIRMED, Configuration, candidates
 from benchmarks.quality.report import report
-from benchmarks.quality.results import at_best, chosen
+from benchmarks.quality.results import at_best, chosen, runs
 from bilora_diffusion.adapters import PRIMARY, parameters_of
 from bilora_diffusion.embedded import icons
 from bilora_diffusion.errors import UserError
@@ -35,7 +36,9 @@ def few_of(evaluations: dict) -> dict:
     return {name: [rises._first_rows(batches[0], 8 / len(batches[0]))] for name, batches in evaluations.items()}
 
 
-def write(folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], pictures: float = 0.0):
+def write(
+    folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], pictures: float = 0.0, **more: Any
+) -> None:
     run = {
         "method": configuration.method,
         "learning_rate": configuration.learning_rate,
@@ -48,11 +51,12 @@ def write(folder: Path, configuration: Configuration, seed: int, losses: dict[in
         },
         "loss_gaps": [0.002] if configuration.method != "lora" else [],
         "training_losses": [0.1] * 10,
+        "seconds": 1.0,
         "pictures": dict.fromkeys(PICTURE_MEASURES, pictures),
         "sharpness": {"sizes": [0.01, 0.02], "rises": [0.001, 0.002], "loss": 0.1},
         "rounded_to_8_bits": max(losses.values()) + 0.01,
-    }
-    folder.mkdir(exist_ok=True)
+    } | more
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{configuration.slug}-seed{seed}.json").write_text(json.dumps(run))
 
 
@@ -160,6 +164,82 @@ def test_curves_are_of_what_was_measured_on_other_seeds(tmp_path: Path):
     assert sizes[0] == sizes[3] and sizes[4][1] == 2 * sizes[3][1]  # four panels in a row
     with Image.open(tmp_path / "curves.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_points_of_the_curves_are_paired_differences(tmp_path: Path):
+    lora, nbar = Configuration("lora", 1e-3), Configuration("nbar", 1e-3)
+    for seed, level in ((0, 0.2), (1, 0.2), (2, 0.4)):
+        write(tmp_path, lora, seed, {50: level, 100: level / 2})
+        write(tmp_path, nbar, seed, {50: level - 0.002 * seed, 100: level / 2 + 0.003})
+    rows = measured_rows([run for run in runs(tmp_path) if run["seed"] != 0], chosen(tmp_path))
+    plain, other = ([point[:2] for point in curves.points(row, "test")] for row in rows)
+    assert plain == [(50, pytest.approx(0.31)), (100, pytest.approx(0.16))]
+    assert other == [(50, pytest.approx(-30)), (100, pytest.approx(30))]
+    halves = [[half for _, _, half in curves.points(row, "test")] for row in rows]
+    t = 12.706  # of Student's at 95 %, one degree of freedom; the standard error of two is half their distance
+    assert halves[0] == pytest.approx([t * 0.1, t * 0.05], rel=1e-4)
+    assert halves[1] == [pytest.approx(t * 10, rel=1e-4), pytest.approx(0, abs=1e-6)]
+    write(tmp_path, nbar, 3, {50: 0.1})
+    write(tmp_path, Configuration("obar", 1e-3), 1, {50: 0.1})
+    (*_, one_seed) = measured_rows([run for run in runs(tmp_path) if run["seed"] != 0], chosen(tmp_path))
+    assert [half for *_, half in curves.points(one_seed, "test")] == [0.0]
+
+
+def test_runs_of_other_devices_are_no_pairs(tmp_path: Path):
+    lora, nbar, obar = (Configuration(method, 1e-3) for method in ("lora", "nbar", "obar"))
+    for seed in (0, 1, 2, 3):
+        write(tmp_path / "runs", lora, seed, {100: 0.2})  # an old file: of the CPU
+        write(tmp_path / "runs", nbar, seed, {100: 0.2 - 0.1 * (seed == 3)}, device="cuda:0" if seed == 3 else "cpu")
+        write(tmp_path / "runs", obar, seed, {100: 0.1}, device="cuda", seconds=None)
+        write(tmp_path / "transfer" / "openmoji", lora, seed, {100: 0.2}, device="cuda")
+        write(tmp_path / "transfer" / "openmoji", nbar, seed, {100: 0.1}, device="cpu")
+    (tmp_path / "stacking.json").write_text(
+        json.dumps({"device": "cpu", "batch": 4, "share_of_separate": {"1": 1.0, "8": 0.8}})
+    )
+    text = report(tmp_path / "runs", transfer=tmp_path / "transfer", stacking=tmp_path / "stacking.json")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| nbar")]
+    assert rows and all(row[0] == "| nbar, lr 0.001 (2 of 3 runs)" for row in rows)
+    assert "+0 +- 0" in rows[0]
+    assert not any(line.startswith("| obar") for line in text.splitlines())
+    assert text.count("Not compared") == 2
+    assert "same seed or subject and device: obar, lr 0.001." in text
+    assert "same seed or subject and device: nbar, lr 0.001." in text
+    assert "trained: 11 one by one on cpu, 5 one by one on cuda, 4 stacked on cuda." in text
+
+
+def test_a_report_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    """Nothing; runs without LoRA's; kinds without the choosing seed; other runs of LoRA's than the chosen."""
+    folders = {name: tmp_path / name.lower() for name in ("RESULTS", "CONFIRMATION", "RISES", "TRANSFER")}
+    for name, folder in folders.items():
+        monkeypatch.setattr(command, name, folder)
+    monkeypatch.setattr(command, "STACKING", tmp_path / "stacking.json")
+    monkeypatch.setattr(command, "CURVES", tmp_path / "curves.png")
+
+    def made() -> str:
+        assert command.main(["report"]) == 0, capsys.readouterr().err
+        return (tmp_path / "quality.md").read_text()
+
+    assert "0 candidates" in made()
+    nbar, obar = Configuration("nbar", 1e-3), Configuration("obar", 1e-3)
+    for folder in (folders["RESULTS"], folders["CONFIRMATION"], folders["TRANSFER"] / "openmoji"):
+        for seed in (1, 2):
+            write(folder, nbar, seed, {100: 0.2})
+    assert made().count("has no run of the same seed or subject and device: nbar, lr 0.001.") == 3
+    assert not (tmp_path / "curves.png").exists()
+    lora, other = Configuration("lora", 1e-3), Configuration("lora", 5e-4)
+    write(folders["RESULTS"], lora, 0, {100: 0.1})
+    for folder in (folders["RESULTS"], folders["TRANSFER"] / "openmoji"):
+        for seed in (1, 2):
+            write(folder, lora, seed, {100: 0.2})
+            write(folder, other, seed, {100: 0.2})
+        write(folder, obar, 2, {100: 0.1})
+    lines = made().splitlines()
+    assert sum(line.startswith("| lora, lr 0.001 | 0.2") for line in lines) == 2
+    assert sum(line.startswith("| lora, lr 0.0005 (not the choice) |") for line in lines) == 3
+    assert sum(line.startswith("| nbar, lr 0.001 (no choice: seed 0 was not run) |") for line in lines) == 3
+    assert (
+        sum(line.startswith("| obar, lr 0.001 (no choice: seed 0 was not run) (1 of 2 runs) |") for line in lines) == 3
+    )
 
 
 def test_under_equal_time_a_slower_method_has_fewer_steps():
@@ -285,7 +365,7 @@ def test_what_was_chosen_is_trained_elsewhere(tmp_path: Path, monkeypatch: pytes
     (row,) = (line for line in text.splitlines() if line.startswith("| nbar, lr") and " +- " in line)
     assert row.split(" | ")[3].startswith(f"{mean:+.0f} +- ")
     assert command.main([*words, "--methods", "looksam"]) == 2
-    assert "nothing was chosen for 'looksam'" in capsys.readouterr().err
+    assert "transfer trains no 'looksam': there are lora, nbar" in capsys.readouterr().err
     assert command.main([*words, "--tasks", "brid"]) == 2
     assert "did you mean bird?" in capsys.readouterr().err
 
@@ -310,16 +390,24 @@ def photographs(folder: Path, counts: dict[str, int]) -> None:
 def test_what_stacking_saves(
     laboratory_: laboratory.Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """By a clock that counts passes of the base: a step of three runs takes as many as a step of one."""
+    passes, forward = [], UNet2DConditionModel.forward
+
+    def counted(*given: Any, **named: Any) -> Any:
+        passes.append(1)
+        return forward(*given, **named)
+
     monkeypatch.setattr(stacking, "RUNS", (1, 3))
     monkeypatch.setattr(stacking, "ROUNDS", 1)
     monkeypatch.setattr(stacking, "STEPS", 2)
+    monkeypatch.setattr(stacking, "_now", lambda _: float(len(passes)))
+    monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
     found = stacking.stacking(laboratory_)
-    one, three = found["seconds"].values()
-    assert 0 < one < three
-    assert found["share_of_separate"] == {1: 1.0, 3: pytest.approx(three / (3 * one))}
+    assert found["seconds"] == {1: 1.0, 3: 1.0}
+    assert found["share_of_separate"] == {1: 1.0, 3: pytest.approx(1 / 3)}
     (tmp_path / "stacking.json").write_text(json.dumps(found))
     text = report(tmp_path / "none", stacking=tmp_path / "stacking.json")
-    assert f"one after another: 3 runs {three / (3 * one):.0%}." in text
+    assert "one after another: 3 runs 33%." in text
 
 
 def test_a_stack_of_runs_is_written_and_equals_runs_alone(
@@ -338,3 +426,63 @@ def test_a_stack_of_runs_is_written_and_equals_runs_alone(
     files.train_missing(lambda: pytest.fail("nothing is missing"), runs, stack=2, all_losses=False)
     with pytest.raises(UserError, match="--stack is 0"):
         files.train_missing(lambda: laboratory_, runs, stack=0, all_losses=False)
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+def test_what_is_done_is_written_though_another_run_fails(
+    laboratory_: laboratory.Laboratory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stack: int
+) -> None:
+    monkeypatch.setattr(laboratory_, "task", replace(laboratory_.task, evaluated_at=(1, 2)))
+    monkeypatch.setattr(laboratory_, "evaluations", few_of(laboratory_.evaluations))
+    trained = laboratory_._trained
+
+    def failing(parts: Any, configuration: Configuration, seed: int, *rest: Any) -> dict:
+        if seed == 2:
+            raise ValueError("no space left on device")
+        return trained(parts, configuration, seed, *rest)
+
+    monkeypatch.setattr(laboratory_, "_trained", failing)
+    runs = [files.Run(tmp_path, Configuration("lora", 1e-3), seed) for seed in (1, 2, 3)]
+    with pytest.raises(ValueError, match="no space"):
+        files.train_missing(lambda: laboratory_, runs, stack=stack, all_losses=False)
+    assert [run.path.exists() for run in runs] == [True, False, stack == 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("choose --device cuda:99", "--device 'cuda:99' cannot be used: "),
+        ("choose --device foo", "--device 'foo' cannot be used: "),
+        ("choose --device meta", "--device 'meta' cannot be used: "),
+        ("choose --part 1", "--part is '1': give i/n"),
+        ("measure --part 3/2", "--part is '3/2': give i/n"),
+        ("rises --part 0/2", "--part is '0/2': give i/n"),
+        ("choose --methods lroa", "choose trains no 'lroa': did you mean lora?"),
+        ("confirm --methods looksam", "confirm trains no 'looksam': there are lora, bilora"),
+        ("measure --methods lora nbra", "measure trains no 'nbra': did you mean nbar?"),
+        ("transfer --methods xyz", "transfer trains no 'xyz': there are lora, nbar"),
+        ("transfer --tasks openmojis", "there is no 'openmojis': did you mean openmoji?"),
+        ("rises --methods LoRAs", "rises trains no 'LoRAs': did you mean lora?"),
+        ("measure --stack 0", "--stack is 0: give 1 or more"),
+        ("rises --stack 2", "--stack: rises has none"),
+        ("stacking --stack 8", "--stack: stacking has none"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, words: str, said: str
+) -> None:
+    for one in (Configuration("lora", 1e-3), Configuration("nbar", 1e-3)):
+        write(tmp_path / "quality", one, 0, {100: 0.2})
+    for name in ("RESULTS", "CONFIRMATION", "RISES", "TRANSFER", "STACKING"):
+        monkeypatch.setattr(command, name, tmp_path / name.lower().replace("results", "quality"))
+    monkeypatch.setattr(laboratory, "Laboratory", lambda *_, **__: pytest.fail("nothing is to be trained"))
+    assert command.main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("stage", ["measure", "transfer", "rises"])
+def test_nothing_chosen_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, stage: str) -> None:
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "quality")
+    assert command.main([stage]) == 2
+    assert "run choose first" in capsys.readouterr().err

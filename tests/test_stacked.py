@@ -1,5 +1,8 @@
 """Runs that share their passes over the base come out as each does alone."""
 
+import signal
+import threading
+
 import pytest
 import torch
 from tiny_run import Builder, TinyRun, difference
@@ -109,3 +112,52 @@ def test_a_failing_pass_ends_all_runs_with_its_reason(build: Builder) -> None:
     with pytest.raises(RuntimeError, match="several runs shared") as caught:
         stacked(build.tiny.unet, [one.parts.models["unet"] for one in runs], lambda n, member: train(runs[n], member))
     assert caught.value.__cause__ is not None
+
+
+def test_ctrl_c_ends_every_run(build: Builder) -> None:
+    """Those that train, and one that has left and evaluates its own UNet."""
+    runs = [build("lora") for _ in range(3)]
+    ended = []
+
+    def run(number: int, member: Member) -> None:
+        step = 0
+        try:
+            if number == 2:
+                member.leave()
+            for step in range(500):
+                micro_batches = runs[number].micro_batches(step)
+                if number == 2:
+                    micro_batches[0].loss()
+                else:
+                    runs[number].parts.trainer.training_step(member.bind(micro_batches), step)
+                if (number, step) == (0, 2):
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        finally:
+            ended.append((number, step))
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stacked(build.tiny.unet, [one.parts.models["unet"] for one in runs], run)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert sorted(number for number, _ in ended) == [0, 1, 2]
+    assert all(step < 400 for _, step in ended), ended
+
+
+@pytest.mark.parametrize(("methods", "a_step"), [(("lora", "nbar", "s2-sam"), 1), (("lora", "lora-sam", "looksam"), 2)])
+def test_runs_share_their_passes(build: Builder, methods: tuple[str, ...], a_step: int) -> None:
+    """A step costs the passes of one run, beside a method of two passes those of that method."""
+    runs = [build(method, **own_flags(method)) for method in methods]
+    passes = []
+
+    def count(model: torch.nn.Module, _) -> None:
+        if isinstance(model, type(build.tiny.unet)):
+            passes.append(model)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        stacked(build.tiny.unet, [one.parts.models["unet"] for one in runs], lambda n, member: train(runs[n], member))
+    finally:
+        hook.remove()
+    assert len(passes) == a_step * STEPS

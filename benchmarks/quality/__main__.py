@@ -15,8 +15,8 @@
 
 The last two have flags of their own (`paper --help`) and write into outputs/; docs/benchmarks.md tells of them. Of the
 others every run is written when it is done, so that a stopped command goes on with the next one. One process uses one
-core: start two with --part 1/2 and --part 2/2 to use two. On a GPU (--device cuda), which a run of this size does not
-fill, --stack 8 trains eight in common batches.
+core: start two with --part 1/2 and --part 2/2 to use two. --stack 8 trains eight in common batches; what that saves on
+a --device `stacking` measures.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from pathlib import Path
 from benchmarks.quality import stages
 from benchmarks.recording import rounded
 from bilora_diffusion.commands import exit_code
+from bilora_diffusion.errors import UserError
 
 __all__ = ["main"]
 
@@ -39,7 +40,6 @@ TRANSFER = RESULTS.parent / "transfer"
 STACKING = RESULTS.parent / "stacking.json"
 CURVES = RESULTS.parent / "quality_curves.png"
 SPEED = RESULTS.parent / "speed_medium_cpu.json"
-CHOOSING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 NEW_SEEDS = (6, 7, 8, 9, 10)
 ASCENTS = (
@@ -76,21 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", nargs="+", default=[], help="of `transfer`: class words, as of `dreambench`")
     parser.add_argument("--tasks", nargs="+", default=[], help="of `transfer`: only these")
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
-    parser.add_argument("--stack", type=int, default=1, help="so many runs at once, over one base (default: 1)")
+    parser.add_argument(
+        "--stack", type=int, help="of what trains whole runs: so many at once, over one base (default: 1)"
+    )
     parser.add_argument("--device", default="cpu", help="that trains and draws (default: cpu)")
     arguments = parser.parse_args(words)
     RESULTS.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "report":
-        from benchmarks.quality.curves import draw
-        from benchmarks.quality.report import report
-
-        drawn = draw(RESULTS, CURVES)
-        path = RESULTS.parent / "quality.md"
-        path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER, CONFIRMATION, CURVES.name if drawn else None))
-        print(path)
-        return 0
+        return exit_code(_report)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return exit_code(lambda: _run(arguments))
+
+
+def _report() -> None:
+    from benchmarks.quality.curves import draw
+    from benchmarks.quality.report import report
+
+    drawn = draw(RESULTS, CURVES)
+    path = RESULTS.parent / "quality.md"
+    path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER, CONFIRMATION, CURVES.name if drawn else None))
+    print(path)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -98,14 +103,24 @@ def _run(arguments: argparse.Namespace) -> None:
     from benchmarks.quality.files import Run, train_missing
     from benchmarks.quality.laboratory import Laboratory
     from benchmarks.quality.plan import CONFIRMED, candidates
-    from benchmarks.quality.results import measured_ones
+    from benchmarks.quality.results import CHOOSING_SEED, measured_ones
+    from benchmarks.quality.words import check_device, check_names, part_of
 
     def laboratory() -> Laboratory:
         return Laboratory(device=arguments.device)
 
-    number, of = map(int, arguments.part.split("/"))
+    number, of = part_of(arguments.part)
+    check_device(arguments.device)
+    if arguments.stack is not None and arguments.stage in ("rises", "stacking"):
+        raise UserError(f"--stack: {arguments.stage} has none; leave it out")
+    stack = 1 if arguments.stack is None else arguments.stack
     seeds = arguments.seeds or (NEW_SEEDS if arguments.stage == "confirm" else SEEDS)
     measured = measured_ones(RESULTS)
+    trained = {"choose": (one.method for one in candidates()), "confirm": (one.method for one in CONFIRMED)}
+    names = list(dict.fromkeys(trained.get(arguments.stage, measured)))
+    if not names and arguments.stage != "stacking":
+        raise UserError(f"nothing was chosen yet that {arguments.stage} could train: run choose first")
+    check_names("--methods", arguments.methods or (), names, f"{arguments.stage} trains no")
     if arguments.stage == "stacking":
         from benchmarks.quality.stacking import stacking
 
@@ -117,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> None:
         wanted = {"methods": arguments.methods or [one for one in METHODS if one in measured]}
         wanted |= {"seeds": seeds, "tasks": arguments.tasks, "part": (number, of)}
         wanted |= {"subjects_dir": arguments.subjects_dir, "classes": arguments.classes}
-        transfer(TRANSFER, measured, **wanted, stack=arguments.stack, device=arguments.device)
+        transfer(TRANSFER, measured, **wanted, stack=stack, device=arguments.device)
     elif arguments.stage == "rises":
         from benchmarks.quality.rises import rises
 
@@ -139,9 +154,7 @@ def _run(arguments: argparse.Namespace) -> None:
             rates, seeds = arguments.rates, (CHOOSING_SEED,)
             named = [one for one in candidates(arguments.methods) if not rates or one.learning_rate in rates]
         runs = [Run(folder, one, seed) for seed in seeds for one in named]
-        train_missing(
-            laboratory, runs[number - 1 :: of], stack=arguments.stack, all_losses=measuring, finished=measuring
-        )
+        train_missing(laboratory, runs[number - 1 :: of], stack=stack, all_losses=measuring, finished=measuring)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.quality.differences import left_out
 from benchmarks.quality.measured import losses_table, measured_rows, pictures_table
 from benchmarks.quality.plan import CONFIRMED
 from benchmarks.quality.results import kind_of, runs
@@ -15,7 +16,10 @@ def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]
     folder: of the files of `confirm`.
     ratios: times of a step.
     """
-    rows = measured_rows(runs(folder), {kind_of(one): one for one in CONFIRMED})
+    found = runs(folder)
+    rows = measured_rows(found, {kind_of(one): one for one in CONFIRMED})
+    if not rows:
+        return left_out(found, rows)
     seeds = ", ".join(str(run["seed"]) for run, _ in rows[0].runs)
     return [
         "## The trainer's defaults, on new seeds",
@@ -27,4 +31,5 @@ def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]
         "",
         *losses_table(rows, ratios),
         *pictures_table(rows),
+        *left_out(found, rows),
     ]

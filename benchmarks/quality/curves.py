@@ -12,7 +12,7 @@ from benchmarks.quality.results import CHOOSING_SEED, chosen, runs
 from bilora_diffusion.paired import half_width
 from bilora_diffusion.report.plots import COLOURS
 
-__all__ = ["draw"]
+__all__ = ["draw", "points"]
 
 COLUMNS = 4
 WIDTH_LETTERS = 46  # of a panel
@@ -27,14 +27,14 @@ def draw(folder: Path, path: Path) -> bool:
         path: of the PNG.
 
     Returns:
-        False if nothing was measured on other seeds than the choosing one, and nothing written.
+        False if nothing can be compared on other seeds than the choosing one, and nothing written.
     """
     from matplotlib.figure import Figure
 
     measured = [run for run in runs(folder) if run["seed"] != CHOOSING_SEED]
-    if not measured:
-        return False
     rows = measured_rows(measured, chosen(folder))
+    if not rows:
+        return False
     count = math.ceil(len(rows) / COLUMNS)
     figure = Figure(figsize=(3.3 * COLUMNS, 2.4 * count), layout="constrained")
     axes = figure.subplots(count, COLUMNS, squeeze=False).flat
@@ -59,21 +59,25 @@ def draw(folder: Path, path: Path) -> bool:
     return True
 
 
-def _line(axis: Any, row: Row, name: str, told: str, colour: str) -> None:
-    """The mean over the seeds at the steps where the loss was measured, and its interval."""
+def points(row: Row, name: str) -> list[tuple[int, float, float]]:
+    """Where a loss was measured the step, its mean over the seeds, and half of the mean's 95 % interval.
+
+    Of LoRA its own; of others the difference to LoRA's, in 1e-4.
+    """
     steps = [step for step, losses in sorted(row.runs[0][0]["evaluations"].items(), key=_number) if name in losses]
-    scale = 1 if row.is_lora else 1e4
-    points = []
+    found = []
     for step in steps:
         pairs = row.values(lambda run, step=step: run["evaluations"][step][name])
-        points.append([scale * (own - (0 if row.is_lora else plain)) for own, plain in pairs])
-    places = [int(step) for step in steps]
-    means = [statistics.fmean(values) for values in points]
-    axis.plot(places, means, color=colour, label=told, marker=".", linewidth=1.3)
-    if len(points[0]) > 1:
-        halves = [half_width(values) for values in points]
-        lows, highs = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-        axis.fill_between(places, lows, highs, color=colour, alpha=0.18, linewidth=0)
+        values = [own if row.is_lora else 1e4 * (own - plain) for own, plain in pairs]
+        found.append((int(step), statistics.fmean(values), half_width(values) if len(values) > 1 else 0.0))
+    return found
+
+
+def _line(axis: Any, row: Row, name: str, told: str, colour: str) -> None:
+    steps, means, halves = zip(*points(row, name), strict=True)
+    axis.plot(steps, means, color=colour, label=told, marker=".", linewidth=1.3)
+    lows, highs = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+    axis.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
 
 
 def _number(item: tuple[str, Any]) -> int:

@@ -2,15 +2,15 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.plan import Configuration
-from benchmarks.quality.results import at_best, configuration_of, kind_of, last
+from benchmarks.quality.results import CHOOSING_SEED, at_best, configuration_of, device_of, kind, kind_of, last
 from bilora_diffusion.paired import half_width
 
-__all__ = ["Row", "cell", "interval", "test_cells", "title"]
+__all__ = ["Row", "cell", "interval", "left_out", "paired_rows", "test_cells"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Row:
     """Attributes:
     title: as the table has it.
     is_lora: the row that the others are compared to.
-    runs: each beside LoRA's of the same seed or subject.
+    runs: each beside LoRA's of the same seed or subject, from the same kind of device.
     """
 
     title: str
@@ -34,10 +34,42 @@ class Row:
         return [(measure(run), measure(plain)) for run, plain in self.runs]
 
 
-def title(configuration: Configuration, best: Mapping[str, Configuration]) -> str:
+def paired_rows(found: Mapping[tuple[str, Any], dict[str, Any]], best: Mapping[str, Configuration]) -> list[Row]:
+    """Of each configuration that has pairs, LoRA's first; none without LoRA's runs.
+
+    Arguments:
+        found: runs by their key and their seed or subject.
+        best: what was chosen. If LoRA's has no run here, the others are compared to another one of LoRA's.
+    """
+    loras = sorted({run["key"] for run in found.values() if kind(run) == "lora"})
+    if not loras:
+        return []
+    baseline = best["lora"].key if "lora" in best and best["lora"].key in loras else loras[0]
+    clusters = sorted(cluster for key, cluster in found if key == baseline)
+    rows = []
+    for key in sorted({key for key, _ in found}, key=lambda name: (name != baseline, name)):
+        pairs = [(found[key, one], found[baseline, one]) for one in clusters if (key, one) in found]
+        pairs = [(run, plain) for run, plain in pairs if device_of(run) == device_of(plain)]
+        if pairs:
+            fewer = f" ({len(pairs)} of {len(clusters)} runs)" if len(pairs) < len(clusters) else ""
+            rows.append(Row(_title(configuration_of(pairs[0][0]), best) + fewer, key == baseline, pairs))
+    return rows
+
+
+def left_out(some: Iterable[dict[str, Any]], rows: Sequence[Row]) -> list[str]:
+    """Says which runs' configurations have no row."""
+    missing = sorted({run["key"] for run in some} - {row.configuration.key for row in rows})
+    if not missing:
+        return []
+    return [f"Not compared, for LoRA has no run of the same seed or subject and device: {'; '.join(missing)}.", ""]
+
+
+def _title(configuration: Configuration, best: Mapping[str, Configuration]) -> str:
     """Its settings, and whether another one of its method's was chosen."""
-    chosen = best[kind_of(configuration)].key == configuration.key
-    return configuration.key if chosen else f"{configuration.key} (not the choice)"
+    chosen = best.get(kind_of(configuration))
+    if chosen is None:
+        return f"{configuration.key} (no choice: seed {CHOOSING_SEED} was not run)"
+    return configuration.key if chosen.key == configuration.key else f"{configuration.key} (not the choice)"
 
 
 def test_cells(row: Row, cost: float | None) -> list[str]:

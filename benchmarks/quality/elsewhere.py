@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.costs import time_cost
-from benchmarks.quality.differences import Row, cell, test_cells, title
+from benchmarks.quality.differences import Row, cell, left_out, paired_rows, test_cells
 from benchmarks.quality.plan import Configuration
-from benchmarks.quality.results import at_best, configuration_of, kind, last, runs
+from benchmarks.quality.results import at_best, last, runs
 
 __all__ = ["elsewhere_section"]
 
@@ -36,23 +36,22 @@ def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: M
         "",
     ]
     for task, found in groups.items():
-        (baseline,) = {run["key"] for run in found.values() if kind(run) == "lora"}
-        clusters = sorted({cluster for key, cluster in found if key == baseline})
+        rows = paired_rows(found, best)
         batch = 1 if task == ELSEWHERE["3d-batch-1"] else 4
+        lines += [f"### {task[0].upper()}{task[1:]}", "", *left_out(found.values(), rows)]
+        if not rows:
+            continue
+        plain = rows[0].configuration.key
+        clusters = sorted(cluster for key, cluster in found if key == plain)
         lines += [
-            f"### {task[0].upper()}{task[1:]}",
-            "",
             ("Subjects: " if task == SUBJECTS else "Seeds: ") + ", ".join(clusters) + ".",
             "",
             "| method | test, best | test, equal time | test, last | training, last | flat, best | flat, last |",
             "|---|---|---|---|---|---|---|",
         ]
-        for key in sorted({key for key, _ in found}, key=lambda name: (name != baseline, name)):
-            pairs = [(found[key, one], found[baseline, one]) for one in clusters if (key, one) in found]
-            if pairs:
-                row = Row(title(configuration_of(pairs[0][0]), best), key == baseline, pairs)
-                cells = _transferred_cells(row, time_cost(row.configuration, ratios, batch))
-                lines.append("| " + " | ".join([row.title, *cells]) + " |")
+        for row in rows:
+            cells = _transferred_cells(row, time_cost(row.configuration, ratios, batch))
+            lines.append("| " + " | ".join([row.title, *cells]) + " |")
         lines.append("")
     return lines
 

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.plan import Configuration
 from benchmarks.recording import rounded
+from bilora_diffusion.atomic import write_text_atomically
 from bilora_diffusion.errors import UserError
 
 __all__ = ["Run", "train_missing"]
@@ -29,7 +30,7 @@ class Run:
     def write(self, found: dict[str, Any]) -> None:
         """What came of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(rounded(found)) + "\n")
+        write_text_atomically(self.path, json.dumps(rounded(found)) + "\n")
 
 
 def train_missing(
@@ -42,7 +43,7 @@ def train_missing(
 ) -> None:
     """Arguments:
         make_laboratory: called if a file is missing.
-        stack: so many runs at once; their files come together.
+        stack: so many runs at once. What one of them raises is raised when the others are written.
         all_losses, finished: as of `Laboratory.train`.
 
     Raises:
@@ -56,9 +57,12 @@ def train_missing(
     laboratory = make_laboratory()
     for first in range(0, len(missing), stack):
         group = missing[first : first + stack]
-        trainings = [(run.configuration, run.seed) for run in group]
-        results = laboratory.train_all(trainings, all_losses=all_losses, finished=finished)
-        for run, found in zip(group, results, strict=True):
+
+        def done(number: int, found: dict[str, Any], group: Sequence[Run] = group) -> None:
+            run = group[number]
             run.write(found | {"task": laboratory.task.name})
             losses = ", ".join(f"{k} {v:.4f}" for k, v in found["evaluations"][max(found["evaluations"])].items())
             print(f"{laboratory.task.name}, seed {run.seed}: {run.configuration}: {losses}", flush=True)
+
+        trainings = [(run.configuration, run.seed) for run in group]
+        laboratory.train_all(trainings, all_losses=all_losses, finished=finished, done=done)

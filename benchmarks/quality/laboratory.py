@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -119,9 +119,18 @@ class Laboratory:
         return self.train_all([(configuration, seed)], all_losses=all_losses, finished=finished)[0]
 
     def train_all(
-        self, runs: Sequence[tuple[Configuration, int]], *, all_losses: bool = False, finished: bool = False
+        self,
+        runs: Sequence[tuple[Configuration, int]],
+        *,
+        all_losses: bool = False,
+        finished: bool = False,
+        done: Callable[[int, dict[str, Any]], None] = lambda number, found: None,
     ) -> list[dict[str, Any]]:
-        """Several, stacked over one base; each as if alone, to the rounding of larger batches."""
+        """Several, stacked over one base; each as if alone, to the rounding of larger batches.
+
+        Arguments:
+            done: told each one's number and what came of it as soon as it ends, in its thread, whatever the others do.
+        """
         assembled = [self.assembled(configuration, seed) for configuration, seed in runs]
 
         def run(number: int, member: Member | None = None) -> dict[str, Any]:
@@ -130,6 +139,7 @@ class Laboratory:
             if finished:
                 with self._one_at_a_time:  # they share the pipeline that draws
                     result |= self._finished(parts, seed)
+            done(number, result)
             return result
 
         if len(runs) == 1:

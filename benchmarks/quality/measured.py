@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.costs import step_bytes, time_cost
-from benchmarks.quality.differences import Row, cell, interval, test_cells, title
+from benchmarks.quality.differences import Row, cell, interval, paired_rows, test_cells
 from benchmarks.quality.plan import Configuration
-from benchmarks.quality.results import at_best, configuration_of, last
+from benchmarks.quality.results import at_best, last
 
 __all__ = ["PICTURE_MEASURES", "losses_table", "measured_rows", "measured_section", "pictures_table"]
 
@@ -25,17 +25,8 @@ PICTURE_MEASURES = {
 
 
 def measured_rows(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration]) -> list[Row]:
-    """Of each configuration, LoRA's first."""
-    baseline = best["lora"].key
-    by = {(run["key"], run["seed"]): run for run in some}
-    seeds = sorted(seed for key, seed in by if key == baseline)
-    pairs = {
-        key: [(by[key, seed], by[baseline, seed]) for seed in seeds if (key, seed) in by]
-        for key in sorted({run["key"] for run in some}, key=lambda name: (name != baseline, name))
-    }
-    return [
-        Row(title(configuration_of(runs[0][0]), best), key == baseline, runs) for key, runs in pairs.items() if runs
-    ]
+    """Of each configuration, LoRA's first; see `paired_rows`."""
+    return paired_rows({(run["key"], run["seed"]): run for run in some}, best)
 
 
 def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], curves: str | None = None) -> list[str]:

@@ -3,16 +3,18 @@
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.confirmation import confirmation_section
 from benchmarks.quality.costs import time_ratios
+from benchmarks.quality.differences import left_out
 from benchmarks.quality.elsewhere import elsewhere_section
 from benchmarks.quality.measured import measured_rows, measured_section
 from benchmarks.quality.plan import Configuration
-from benchmarks.quality.results import CHOOSING_SEED, best_step, chosen, kind, last, runs
+from benchmarks.quality.results import CHOOSING_SEED, best_step, chosen, device_of, kind, last, runs
 
 __all__ = ["report"]
 
@@ -46,7 +48,9 @@ def report(
     if confirmation is not None and confirmation.is_dir():
         lines += confirmation_section(confirmation, ratios)
     if measured:
-        lines += measured_section(measured_rows(measured, best), ratios, curves)
+        rows = measured_rows(measured, best)
+        lines += measured_section(rows, ratios, curves) if rows else []
+        lines += left_out(measured, rows)
     if transfer is not None and transfer.is_dir():
         lines += elsewhere_section(transfer, best, ratios)
     looked = runs(rises) if rises is not None and rises.is_dir() else []
@@ -54,11 +58,21 @@ def report(
         lines += _rises(looked)
     lines += _candidates([run for run in everything if run["seed"] == CHOOSING_SEED], best)
     if stacking is not None and stacking.is_file():
-        lines += _stacking(json.loads(stacking.read_text()))
+        others = [path for one in (confirmation, transfer) if one is not None for path in one.rglob("*.json")]
+        above = everything + [json.loads(path.read_text()) for path in others]
+        lines += _stacking(json.loads(stacking.read_text()), above)
     return "\n".join(lines) + "\n"
 
 
-def _stacking(found: Mapping[str, Any]) -> list[str]:
+def _stacking(found: Mapping[str, Any], above: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Arguments:
+    found: what `stacking` measured.
+    above: all runs of the report.
+    """
+    made = Counter(
+        ("one by one" if run["seconds"] is not None else "stacked") + f" on {device_of(run)}" for run in above
+    )
+    trained = ", ".join(f"{count} {how}" for how, count in made.most_common())
     shares = [f"{count} runs {share:.0%}" for count, share in found["share_of_separate"].items() if count != "1"]
     return [
         "",
@@ -66,7 +80,7 @@ def _stacking(found: Mapping[str, Any]) -> list[str]:
         "",
         f"`--stack` trains several runs over one base, in common batches. On this device ({found['device']}) a step of "
         f"plain LoRA's runs in batches of {found['batch']} rows then takes, of their time one after another: "
-        f"{', '.join(shares)}. The runs above were trained one by one.",
+        f"{', '.join(shares)}." + (f" The runs above, by how they were trained: {trained}." if made else ""),
     ]
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "best_step",
     "chosen",
     "configuration_of",
+    "device_of",
     "kind",
     "kind_of",
     "last",
@@ -60,6 +61,11 @@ def measured_ones(folder: Path) -> dict[str, list[Configuration]]:
 def configuration_of(run: Mapping[str, Any]) -> Configuration:
     """What was trained in a run."""
     return Configuration(run["method"], run["learning_rate"], run["settings"])
+
+
+def device_of(run: Mapping[str, Any]) -> str:
+    """Its kind: "cpu" or "cuda". A file that does not say is older than --device, from when all was on the CPU."""
+    return run.get("device", "cpu").partition(":")[0]
 
 
 def kind(run: Mapping[str, Any]) -> str:

@@ -97,7 +97,7 @@ def _look(parts, micro_batches: Sequence[MicroBatch], previous: list[Tensor], se
         others = [replace(one, batch=changed(one.batch, generator(seed, name))) for one in micro_batches]
         directions[name] = _gradient(parts.models, others)
     random = generator(seed, "direction")
-    drawn = [torch.randn(weight.shape, generator=random) for weight in weights]
+    drawn = [torch.randn(weight.shape, generator=random).to(weight.device) for weight in weights]
     directions["random"] = [
         one * (_row_norms(weight) / _row_norms(one)) for one, weight in zip(drawn, weights, strict=True)
     ]

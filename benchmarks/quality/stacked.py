@@ -10,7 +10,7 @@ method has put on it. So runs need not be alike: a method of two passes takes pa
 import copy
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -76,13 +76,19 @@ class _Stack:
         self._waiting: list[_Call] = []
         self._passes: dict[int, _Pass] = {}
         self._changed = threading.Condition()
+        self._stopped = False
 
     def answered(self, call: _Call) -> _Call:
-        """Waits until all others have come to a call, too. Raises what went wrong in the common pass."""
+        """Waits until all others have come to a call, too.
+
+        Raises:
+            RuntimeError: the common pass failed, or the stack is stopped.
+        """
         with self._changed:
             self._waiting.append(call)
             self._answer_if_all_wait()
-            self._changed.wait_for(lambda: call.done)
+            self._changed.wait_for(lambda: call.done or self._stopped)
+        self.check()
         if call.error is not None:
             raise RuntimeError("a pass that several runs shared failed") from call.error
         return call
@@ -94,8 +100,19 @@ class _Stack:
             self._passes.pop(member, None)
             self._answer_if_all_wait()
 
+    def stop(self) -> None:
+        """Every run raises that waits or comes to a call."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raises `RuntimeError` if the stack is stopped."""
+        if self._stopped:
+            raise RuntimeError("the stack was stopped")
+
     def _answer_if_all_wait(self) -> None:
-        if not self._waiting or len(self._waiting) < len(self._running):
+        if self._stopped or not self._waiting or len(self._waiting) < len(self._running):
             return
         calls, self._waiting = self._waiting, []
         calls.sort(key=lambda call: call.member)  # whoever came first: a batch's order is the same in each repeat
@@ -210,7 +227,8 @@ def stacked(unet: nn.Module, adapted: Sequence[nn.Module], run: Callable[[int, M
         run: the i-th one with its place; it has left the stack when it ends.
 
     Returns:
-        what they return. What one of them raises is raised, when all have ended.
+        what they return. What one of them raises is raised, when all have ended; what is raised here meanwhile, such
+        as by Ctrl-C, ends each at its next call, of its own UNet too.
     """
     stack = _Stack(unet, adapted)
 
@@ -221,6 +239,15 @@ def stacked(unet: nn.Module, adapted: Sequence[nn.Module], run: Callable[[int, M
         finally:
             member.leave()
 
+    # A run calls its own UNet to evaluate it and to draw.
+    hooks = [one.register_forward_pre_hook(lambda *_: stack.check()) for one in adapted]
     with ThreadPoolExecutor(len(adapted)) as pool:
-        futures = [pool.submit(in_thread, number) for number in range(len(adapted))]
+        try:
+            futures = [pool.submit(in_thread, number) for number in range(len(adapted))]
+            wait(futures)
+        except BaseException:
+            stack.stop()  # the pool waits for its threads
+            raise
+    for hook in hooks:
+        hook.remove()
     return [future.result() for future in futures]

@@ -7,8 +7,7 @@ from benchmarks.quality.files import Run, train_missing
 from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.plan import Configuration
 from benchmarks.quality.tasks import STYLES, Task, batch_of_one, style, subjects
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.flags import nearest, show
+from benchmarks.quality.words import check_names
 
 __all__ = ["METHODS", "transfer"]
 
@@ -52,14 +51,7 @@ def transfer(
         photographed = {task.name: task for task in subjects(subjects_dir, classes)}
         makers |= {name: lambda task=task: task for name, task in photographed.items()}
         runs += [(name, SEED_OF_SUBJECTS, method) for name in photographed for method in methods]
-    for name in tasks:
-        if name not in makers:
-            guess = nearest(name, makers)
-            hint = f"did you mean {guess}?" if guess else f"there are {', '.join(makers)}"
-            raise UserError(f"--tasks: {show(name)} is none: {hint}")
-    for method in methods:
-        if method not in measured:
-            raise UserError(f"--methods: nothing was chosen for {show(method)}; there is {', '.join(measured)}")
+    check_names("--tasks", tasks, list(makers), "there is no")
     number, of = part
     wanted = [run for run in runs if not tasks or run[0] in tasks]
     mine = wanted[number - 1 :: of]

@@ -101,8 +101,6 @@ def specifications(names: Sequence[str] | None = None, *, compiled: bool = False
 
 def _own(method: str, *, fused: bool = True, compiled: bool = False, tracked: bool = False) -> Specification:
     flags: dict[str, Any] = {"method": method}
-    if method in ("flat-lora", "rwp-full"):
-        flags["sigma_schedule"] = "constant"  # the ramp begins at no noise, which costs nothing
     if method == "bilora-fresh":
         flags |= {"ascent_share": 1.0, "ascent_basis": "tracked" if tracked else "gradient"}  # a whole second pass
     if compiled:
