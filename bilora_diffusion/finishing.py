@@ -38,8 +38,8 @@ logger = logging.getLogger("bilora_diffusion")
 FINAL_PICTURES = "final"
 ADVICE = (
     "tip: what the methods are worth was measured on a small base (docs/methods.md): hold pictures out and stop in "
-    "time; where that cannot be done, --method flat-lora overfitted and forgot less, bilora-echo overfitted as little "
-    "in less time, and bilora-fresh least"
+    "time; --method nbar overfitted a little less at no cost; where you cannot stop in time, flat-lora overfitted and "
+    "forgot less, bilora-echo overfitted as little in less time, both with pictures a little worse"
 )
 """What `benchmarks/results/quality.md` says."""
 
