@@ -10,8 +10,10 @@ programs for them (other shapes, no gradient, the auxiliary off) would take long
 `nn.Module.compile` changes neither the modules' classes nor their names.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._dynamo.config
@@ -71,9 +73,36 @@ def compile_blocks(models: Iterable[nn.Module], *, shapes_vary: bool) -> None:
             block.compile(backend=BACKEND, dynamic=shapes_vary, options=options)
 
 
-def uncompiled() -> AbstractContextManager[None]:
-    """Inside, compiled blocks compute as they are written, and no program is made."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, compiled blocks compute as they are written, and no program is made; in all threads.
+
+    torch's stance is one for all of them, and whoever leaves it restores what he found: of two threads that overlap the
+    second would restore the first one's. So the first that enters changes it, and the last that leaves restores it.
+    """
+    with _inside.lock:
+        if _inside.count == 0:
+            _inside.stance = torch.compiler.set_stance("force_eager")
+        _inside.count += 1
+    try:
+        yield
+    finally:
+        with _inside.lock:
+            _inside.count -= 1
+            if _inside.count == 0:
+                _inside.stance.__exit__(None, None, None)
+
+
+class _Inside:
+    """Who is inside of `uncompiled`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+        self.stance: Any = None
+
+
+_inside = _Inside()
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

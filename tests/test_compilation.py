@@ -89,6 +89,21 @@ def test_the_plain_runs_weights_and_no_program_after_the_first_steps(method, bui
     assert graphs() == programs
 
 
+def test_whoever_overlaps_leaves_it_compiled():
+    """Runs in threads enter and leave in any order."""
+    one, other = compilation.uncompiled(), compilation.uncompiled()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert stance() == "force_eager"
+    other.__exit__(None, None, None)
+    assert stance() == "default"
+
+
+def stance() -> str:
+    return torch._dynamo.eval_frame._stance.stance
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "text encoders, bf16": (
         "bilora",
