@@ -15,7 +15,9 @@ from PIL import Image
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import curves, files, laboratory, measures, rises, stacking, tasks
 from benchmarks.quality.costs import step_bytes, time_cost
-from benchmarks.quality.measured import PICTURE_MEASURES, measured_rows
+from benchmarks.quality.finished import PICTURE_MEASURES
+from benchmarks.quality.flatness import POWER_STEPS
+from benchmarks.quality.measured import measured_rows
 from benchmarks.quality.plan import CONFIRMED, Configuration, candidates
 from benchmarks.quality.report import report
 from benchmarks.quality.results import at_best, chosen, runs
@@ -33,11 +35,14 @@ def laboratory_() -> laboratory.Laboratory:
 
 def few_of(evaluations: dict) -> dict:
     """The first eight rows of each."""
-    return {name: [rises._first_rows(batches[0], 8 / len(batches[0]))] for name, batches in evaluations.items()}
+    return {name: [laboratory.rows_of(batches[0], slice(8))] for name, batches in evaluations.items()}
+
+
+FLATNESS = {"random": 0.001, "worst_case": 0.02, "eigenvalue": 0.3, "gradient": {"top": 0.01}}
 
 
 def write(
-    folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], pictures: float = 0.0, **more: Any
+    folder: Path, configuration: Configuration, seed: int, losses: dict[int, float], drawn: float = 0.0, **more: Any
 ) -> None:
     run = {
         "method": configuration.method,
@@ -52,8 +57,8 @@ def write(
         "loss_gaps": [0.002] if configuration.method != "lora" else [],
         "training_losses": [0.1] * 10,
         "seconds": 1.0,
-        "pictures": dict.fromkeys(PICTURE_MEASURES, pictures),
-        "sharpness": {"sizes": [0.01, 0.02], "rises": [0.001, 0.002], "loss": 0.1},
+        "pictures": dict.fromkeys(PICTURE_MEASURES, drawn) | {"names": 60},
+        "sharpness": {"loss": 0.1} | dict.fromkeys(("lora", "full"), FLATNESS),
         "rounded_to_8_bits": max(losses.values()) + 0.01,
     } | more
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +101,25 @@ def test_differences_are_paired(tmp_path: Path):
     assert "0.2100" in own
     drawn = [line for line in lines if "+0.100 +- 0.000" in line]
     assert len(drawn) == 1 and drawn[0].startswith("| flat-lora")
+
+
+def test_pictures_and_flatness_are_of_rows_measured_alike(tmp_path: Path):
+    """An older run drew fewer names and was measured along one step alone: its row is named, not compared."""
+    lora, flat, old = (Configuration(method, 1e-3) for method in ("lora", "flat-lora", "nbar"))
+    flatter = {space: FLATNESS | {"eigenvalue": 0.25, "gradient": {"top": 0.008}} for space in ("lora", "full")}
+    fewer = dict.fromkeys(PICTURE_MEASURES, 0.7)
+    for seed in (1, 2, 3):
+        write(tmp_path, lora, seed, {100: 0.2}, 0.5)
+        write(tmp_path, flat, seed, {100: 0.2}, 0.625, sharpness={"loss": 0.1} | flatter)
+        write(tmp_path, old, seed, {100: 0.2}, pictures=fewer, sharpness={"rises": [0.1], "loss": 0.1})
+    lines = report(tmp_path).splitlines()
+    pictures, flatness = (lines[lines.index(title) :] for title in ("### Pictures", "### Sharpness"))
+    assert pictures[2].startswith("60 unseen names")
+    told = "Trained before this was measured so: nbar, lr 0.001 (no choice: seed 0 was not run)."
+    for table, cell in ((pictures, "+0.125 +- 0.000"), (flatness, "-0.050 +- 0.000")):
+        rows = [line for line in table[: table.index(told)] if line.startswith(("| flat-lora", "| nbar"))]
+        assert [row.count(cell) for row in rows] == [len(PICTURE_MEASURES) - 1 if table is pictures else 2]
+    assert sum("-20 +- 0" in line for line in flatness[: flatness.index(told)]) == 1  # of the gradient's top 4
 
 
 def test_computed_times_are_those_of_the_passes():
@@ -274,7 +298,7 @@ def test_the_gradient_rises_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: laboratory.Laboratory):
     monkeypatch.setattr(laboratory_, "task", replace(laboratory_.task, evaluated_at=(1, 2)))
     monkeypatch.setattr(measures, "PICTURES", 2)
-    monkeypatch.setattr(measures, "HALF", 2)
+    monkeypatch.setattr(measures, "FEWER", 2)
     monkeypatch.setattr(measures, "FEW_STEPS", 2)
     monkeypatch.setattr(laboratory_, "evaluations", few_of(laboratory_.evaluations))
     one = laboratory_.train(Configuration("lora", 1e-3), 1, all_losses=True, finished=True)
@@ -284,7 +308,12 @@ def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: lab
     assert set(other["evaluations"][1]) == {"validation"}
     assert one["evaluations"][1] != one["evaluations"][2]
     assert -2 <= one["pictures"]["similarity_to_true"] <= 2 and 0 <= one["pictures"]["retrieved_top_10"] <= 1
-    assert 0 < one["sharpness"]["rises"][0] < one["sharpness"]["rises"][1]
+    assert one["pictures"]["names"] == 2 and 1 <= one["pictures"]["retrieval_rank"] <= len(laboratory_.icons.names)
+    flatness = one["sharpness"]
+    for space in ("lora", "full"):
+        assert flatness[space]["worst_case"] > abs(flatness[space]["random"]) > 0
+        assert len(flatness[space]["history"]) == POWER_STEPS
+    assert 0 < flatness["full"]["gradient"]["share"] < flatness["lora"]["gradient"]["share"] == pytest.approx(1)
     assert one["rounded_to_8_bits"] == pytest.approx(one["evaluations"][2]["test"], rel=0.1)
     assert one["rounded_to_8_bits"] != one["evaluations"][2]["test"]
     again = laboratory_.train(Configuration("lora", 1e-3), 1)
@@ -466,6 +495,8 @@ def test_what_is_done_is_written_though_another_run_fails(
         ("measure --stack 0", "--stack is 0: give 1 or more"),
         ("rises --stack 2", "--stack: rises has none"),
         ("stacking --stack 8", "--stack: stacking has none"),
+        ("choose --rates 0.0005 0.0006", "--rates: choose has no '0.0006'"),
+        ("measure --rates 0.0005", "--rates: measure has none"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

@@ -121,6 +121,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if not names and arguments.stage != "stacking":
         raise UserError(f"nothing was chosen yet that {arguments.stage} could train: run choose first")
     check_names("--methods", arguments.methods or (), names, f"{arguments.stage} trains no")
+    if arguments.rates and arguments.stage != "choose":
+        raise UserError(f"--rates: {arguments.stage} has none, the rates are chosen; leave it out")
+    rates = sorted({one.learning_rate for one in candidates(arguments.methods)})
+    check_names("--rates", map("{:g}".format, arguments.rates or ()), list(map("{:g}".format, rates)), "choose has no")
     if arguments.stage == "stacking":
         from benchmarks.quality.stacking import stacking
 
@@ -151,8 +155,8 @@ def _run(arguments: argparse.Namespace) -> None:
         elif measuring:
             named = [one for method in arguments.methods or sorted(measured) for one in measured.get(method, [])]
         else:
-            rates, seeds = arguments.rates, (CHOOSING_SEED,)
-            named = [one for one in candidates(arguments.methods) if not rates or one.learning_rate in rates]
+            seeds = (CHOOSING_SEED,)
+            named = [one for one in candidates(arguments.methods) if one.learning_rate in (arguments.rates or rates)]
         runs = [Run(folder, one, seed) for seed in seeds for one in named]
         train_missing(laboratory, runs[number - 1 :: of], stack=stack, all_losses=measuring, finished=measuring)
 

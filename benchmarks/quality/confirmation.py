@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.quality.differences import left_out
-from benchmarks.quality.measured import losses_table, measured_rows, pictures_table
+from benchmarks.quality.finished import flatness_table, pictures_table
+from benchmarks.quality.measured import losses_table, measured_rows
 from benchmarks.quality.plan import CONFIRMED
 from benchmarks.quality.results import kind_of, runs
 
@@ -24,12 +25,13 @@ def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]
     return [
         "## The trainer's defaults, on new seeds",
         "",
-        f"Seeds {seeds}. Methods that differed from LoRA below, with the strengths that the trainer has by "
+        f"Seeds {seeds}. Five methods that differed from LoRA below, with the strengths that the trainer has by "
         "default, at LoRA's learning rate: rows, settings and seeds were named before these runs, and nothing was "
         "chosen by them. Of many intervals at 95 % one in twenty leaves 0 out by chance. Differences to LoRA "
         "(paired, Student's t); LoRA's own row has its values and their standard error.",
         "",
         *losses_table(rows, ratios),
         *pictures_table(rows),
+        *flatness_table(rows),
         *left_out(found, rows),
     ]

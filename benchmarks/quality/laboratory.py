@@ -3,11 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.quality.measures import pictures, rounding, sharpness
+from benchmarks.quality.flatness import sharpness
+from benchmarks.quality.measures import flat_icons, pictures, rounding
 from benchmarks.quality.plan import Configuration
 from benchmarks.quality.stacked import Member, stacked
 from benchmarks.quality.tasks import Held, Task, solid_icons
@@ -28,6 +31,7 @@ __all__ = ["BATCH", "Laboratory", "training_config"]
 
 STREAMS = {"validation": 0, "test": 1, "training": 2, "flat": 3}
 RANK, ALPHA, BATCH = 4, 8.0, 4
+SHARPNESS_DRAWS = 46  # of the training pictures'
 
 
 def training_config(configuration: Configuration, task: Task, **flags: Any) -> TrainingConfig:
@@ -45,6 +49,12 @@ def training_config(configuration: Configuration, task: Task, **flags: Any) -> T
     return TrainingConfig(**settings | flags | dict(task.settings) | configuration.settings)
 
 
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some of its rows; without masks and the base's predictions."""
+    names = ("latents", "noise", "timesteps", "conditioning", "weights", "instances")
+    return replace(batch, **{name: getattr(batch, name)[rows] for name in names})
+
+
 class Laboratory:
     """The base, the icons and everything that is the same for all configurations.
 
@@ -60,6 +70,7 @@ class Laboratory:
         self.pipeline = self.base.load(*PARTS).to(self.device)
         self._one_at_a_time = threading.Lock()
         self.evaluations = {name: self._draws(held, STREAMS[name]) for name, held in self.task.held.items()}
+        self._drawn_by_base: dict[int, Tensor] = {}
 
     def _draws(self, held: Held, stream: int) -> list[Batch]:
         """Each picture with its draws, timesteps spread evenly, in batches of 64."""
@@ -82,17 +93,7 @@ class Laboratory:
         ones = torch.ones(count, device=self.device)
         latents, noise, timesteps = (tensor.to(self.device) for tensor in (latents, noise, timesteps))
         whole = Batch(latents, noise, timesteps, given.to(self.device), ones, ones)
-        return [
-            Batch(
-                whole.latents[rows],
-                whole.noise[rows],
-                whole.timesteps[rows],
-                whole.conditioning[rows],
-                whole.weights[rows],
-                whole.instances[rows],
-            )
-            for rows in (slice(first, first + 64) for first in range(0, count, 64))
-        ]
+        return [rows_of(whole, slice(first, first + 64)) for first in range(0, count, 64)]
 
     def assembled(self, configuration: Configuration, seed: int):
         """The trainer of one run, as the command builds it."""
@@ -183,12 +184,19 @@ class Laboratory:
     def _finished(self, parts, seed: int) -> dict[str, Any]:
         """Pictures, flatness and robustness of what would be exported."""
         unet = parts.models["unet"].eval()
+        of_training = rows_of(self.evaluations["training"][0], slice(SHARPNESS_DRAWS))
         with parts.trainer.as_exported():
             return {
-                "pictures": pictures(self.pipeline, unet, self.icons, self.lists, seed),
-                "sharpness": sharpness(parts.models, self._bound(parts, "training")),
+                "pictures": pictures(self.pipeline, unet, self.icons, self.lists, seed, self._flat_of_base(seed)),
+                "sharpness": sharpness(parts.models, self._bound(parts, [of_training]), RANK),
                 "rounded_to_8_bits": rounding(parts.models, lambda: self._loss(parts, "test")),
             }
+
+    def _flat_of_base(self, seed: int) -> Tensor:
+        """Drawn once for all runs of a seed."""
+        if seed not in self._drawn_by_base:
+            self._drawn_by_base[seed] = flat_icons(self.pipeline, self.lists, seed)
+        return self._drawn_by_base[seed]
 
     @torch.no_grad()
     def _gap(self, parts, micro_batches) -> float:
@@ -208,11 +216,11 @@ class Laboratory:
     @torch.no_grad()
     def _loss(self, parts, name: str) -> float:
         """The mean over the draws of one evaluation."""
-        bound = self._bound(parts, name)
+        bound = self._bound(parts, self.evaluations[name])
         return (sum(one.loss() * len(one) for one in bound) / sum(map(len, bound))).item()
 
-    def _bound(self, parts, name: str) -> list[TrainingMicroBatch]:
+    def _bound(self, parts, batches: Sequence[Batch]) -> list[TrainingMicroBatch]:
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
-        objective, batches = parts.trainer.objective, self.evaluations[name]
+        objective = parts.trainer.objective
         share = 1 / len(batches)
         return [TrainingMicroBatch(batch, parts.models, objective, torch.float32, share, scaler) for batch in batches]

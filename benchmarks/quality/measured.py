@@ -1,4 +1,4 @@
-"""The table's section on the names that were held back: losses and pictures of what was chosen."""
+"""The table's section on the names that were held back, of what was chosen; and the table of losses."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,22 +6,11 @@ from typing import Any
 
 from benchmarks.quality.costs import step_bytes, time_cost
 from benchmarks.quality.differences import Row, cell, interval, paired_rows, test_cells
+from benchmarks.quality.finished import flatness_table, pictures_table
 from benchmarks.quality.plan import Configuration
 from benchmarks.quality.results import at_best, last
 
-__all__ = ["PICTURE_MEASURES", "losses_table", "measured_rows", "measured_section", "pictures_table"]
-
-PICTURE_MEASURES = {
-    "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true 3D icon, in [-2, 2]"),
-    "similarity_to_true_few_steps": ("in 8 steps", "the same with 8 sampling steps instead of 20"),
-    "distance_to_true": ("squared error", "mean squared difference of colours to the true icon, less is better"),
-    "retrieved_top_10": ("found in 10", "share of names whose own 3D icon is among the nearest 10 of all 506"),
-    "nearest_training_picture": ("like a training icon", "similarity to the nearest of the 23: copying"),
-    "diversity": ("diversity", "2 less the similarity between two seeds' pictures of a name"),
-    "scorer_3d": ("scorer", "similarity to the name in 3D by the embedded scorer, in [-1, 1]"),
-    "flat_kept": ("flat kept", "similarity of flat icons to those the base draws: what is not forgotten"),
-}
-"""Title and meaning by name."""
+__all__ = ["losses_table", "measured_rows", "measured_section"]
 
 
 def measured_rows(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration]) -> list[Row]:
@@ -46,6 +35,7 @@ def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], curves: s
         *losses_table(rows, ratios),
         *([f"![losses over steps]({curves})", ""] if curves else []),
         *pictures_table(rows),
+        *flatness_table(rows),
     ]
 
 
@@ -55,16 +45,17 @@ def losses_table(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
         "",
         "Differences in 1e-4; before each of the test losses its mean and standard error. `best`: each run at its "
         "step of lowest validation loss; `equal time`: the same among the steps that it makes while LoRA makes all "
-        "of its own; `last`: at the end; `gap`: test less training, at the end; `raised`: how much the perturbation "
-        "raises the loss of the batch at hand, mean over the run, in 1e-4; `8 bits`: test at the end, the adapted "
-        "weights rounded to 8 bits; `sharpness`: the rise of the training loss after a step of 1 % of the merged "
-        "weights' norm along the gradient; `memory`: the most that a step holds at once, in MB of 10^6 bytes, "
+        "of its own; `last`: at the end; `last, to best`: that less LoRA's at LoRA's own best step; `gap`: test "
+        "less training, at the end; `raised`: how much the perturbation raises the loss of the batch at hand, mean "
+        "over the run, in 1e-4; `8 bits`: test at the end, the adapted weights rounded to 8 bits; `time a step`: "
+        "as a share of LoRA's, at least that for full space; LoRA's seconds are the median of its runs, on one core "
+        "of a machine that did other things too; `memory`: the most that a step holds at once, in MB of 10^6 bytes, "
         "LoRA's with the frozen UNet, the others' on top of LoRA's. Memory is counted, not measured: "
-        "`bilora_diffusion.memory` runs the trainer's step on tensors without data, in float32, and adds up what "
-        "CUDA would hold. Full space takes at least the time that is given.",
+        "`bilora_diffusion.memory` runs the trainer's step on tensors without data, in float32, and adds up what CUDA "
+        "would hold.",
         "",
-        "| method | mean, best | mean, last | test, best | test, equal time | test, last | gap | raised "
-        "| flat, best | flat, last | 8 bits | sharpness | time a step | memory |",
+        "| method | mean, best | mean, last | test, best | test, equal time | test, last | last, to best "
+        "| gap | raised | flat, best | flat, last | 8 bits | time a step | memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     plain = rows[0]
@@ -73,26 +64,6 @@ def losses_table(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
         cells = _loss_cells(row, time_cost(row.configuration, ratios))
         memory = 0 if row.is_lora else step_bytes(row.configuration) - plain_bytes
         cells.append(f"{plain_bytes / 1e6:.1f}" if row.is_lora else f"{memory / 1e6:+.1f}")
-        lines.append("| " + " | ".join([row.title, *cells]) + " |")
-    stopped = interval([1e4 * (at_best(run, "test") - last(run)["test"]) for run, _ in plain.runs], 0)
-    return [*lines, "", f"LoRA's own test loss at its best step, less that after its last: {stopped}.", ""]
-
-
-def pictures_table(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "### Pictures",
-        "",
-        f"{len(PICTURE_MEASURES)} measures of 48 unseen names, drawn after the last step. "
-        + "; ".join(f"`{title}`: {told}" for title, told in PICTURE_MEASURES.values())
-        + ".",
-        "",
-        "| method | " + " | ".join(title for title, _ in PICTURE_MEASURES.values()) + " |",
-        "|---|" + "---|" * len(PICTURE_MEASURES),
-    ]
-    for row in rows:
-        cells = [
-            cell(row.values(lambda run, name=name: run["pictures"][name]), 3, row.is_lora) for name in PICTURE_MEASURES
-        ]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
     return [*lines, ""]
 
@@ -108,8 +79,10 @@ def _loss_cells(row: Row, cost: float | None) -> list[str]:
         lambda run: at_best(run, "flat"),
         lambda run: last(run)["flat"],
         lambda run: run["rounded_to_8_bits"],
-        lambda run: run["sharpness"]["rises"][run["sharpness"]["sizes"].index(0.01)],
     ]
     cells = [cell(row.values(value), 4, row.is_lora) for value in values]
-    differences = [""] * 3 if row.is_lora else test_cells(row, cost)
-    return [*means, *differences, gap, raised, *cells, "" if cost is None else f"x {cost:.2f}"]
+    beyond = interval([1e4 * (last(run)["test"] - at_best(plain, "test")) for run, plain in row.runs], 0)
+    differences = [*([""] * 3 if row.is_lora else test_cells(row, cost)), beyond]
+    seconds = [run["seconds"] / len(run["training_losses"]) for run, _ in row.runs if run["seconds"] is not None]
+    own = f" ({statistics.median(seconds):.2g} s)" if row.is_lora and seconds else ""
+    return [*means, *differences, gap, raised, *cells, "" if cost is None else f"x {cost:.2f}{own}"]

@@ -98,9 +98,8 @@ ALSO_MEASURED = (
     Configuration("bilora", 5e-4, {"rho": 2.0}),
     Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
     Configuration("flat-lora", 5e-4, _NOISE),
-    Configuration("looksam", 1e-3, {"rho": 0.2}),
 )
-"""Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start, a larger radius."""
+"""Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start."""
 CONFIRMED = tuple(
     Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")
 )

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d
 
-from benchmarks.quality.laboratory import Laboratory
+from benchmarks.quality.laboratory import Laboratory, rows_of
 from benchmarks.quality.measures import adapted
 from benchmarks.quality.plan import Configuration
 from bilora_diffusion.adapters import auxiliary_off
@@ -31,10 +31,8 @@ SEEN_AT = (50, 100, 200, 300, 399)
 RANKS = (1, 4)
 
 
-def _first_rows(batch: Batch, share: float) -> Batch:
-    rows = slice(0, round(share * len(batch)))
-    names = ("latents", "noise", "timesteps", "conditioning", "weights", "instances")
-    return replace(batch, **{name: getattr(batch, name)[rows] for name in names})
+def _share_of(batch: Batch, share: float) -> Batch:
+    return rows_of(batch, slice(round(share * len(batch))))
 
 
 def _at_half_size(batch: Batch, _: Generator) -> Batch:
@@ -52,8 +50,8 @@ def _at_other_times(batch: Batch, random: Generator) -> Batch:
 
 
 CHEAPER: dict[str, Callable[[Batch, Generator], Batch]] = {
-    "half_rows": lambda batch, _: _first_rows(batch, 0.5),
-    "quarter_rows": lambda batch, _: _first_rows(batch, 0.25),
+    "half_rows": lambda batch, _: _share_of(batch, 0.5),
+    "quarter_rows": lambda batch, _: _share_of(batch, 0.25),
     "half_size": _at_half_size,
     "other_noise": _with_other_noise,
     "other_times": _at_other_times,

@@ -241,13 +241,15 @@ def stacked(unet: nn.Module, adapted: Sequence[nn.Module], run: Callable[[int, M
 
     # A run calls its own UNet to evaluate it and to draw.
     hooks = [one.register_forward_pre_hook(lambda *_: stack.check()) for one in adapted]
-    with ThreadPoolExecutor(len(adapted)) as pool:
-        try:
-            futures = [pool.submit(in_thread, number) for number in range(len(adapted))]
-            wait(futures)
-        except BaseException:
-            stack.stop()  # the pool waits for its threads
-            raise
-    for hook in hooks:
-        hook.remove()
+    try:
+        with ThreadPoolExecutor(len(adapted)) as pool:  # waits for its threads
+            try:
+                futures = [pool.submit(in_thread, number) for number in range(len(adapted))]
+                wait(futures)
+            except BaseException:
+                stack.stop()
+                raise
+    finally:
+        for hook in hooks:
+            hook.remove()
     return [future.result() for future in futures]

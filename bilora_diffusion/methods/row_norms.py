@@ -45,7 +45,7 @@ class RowNorms:
         for members, squares in self._groups:
             A, B = map(torch.stack, zip(*(_factors(self.layers[index]) for index in members), strict=True))
             projected = torch.stack([_projected(self.layers[index], A[n]) for n, index in enumerate(members)])
-            changed = torch.baddbmm(projected.to(A.dtype), B, A @ A.mT, beta=2)
+            changed = torch.baddbmm(projected, B, A @ A.mT, beta=2)
             for index, norm in zip(members, (squares + (B * changed).sum(2)).clamp_min(0).sqrt().unbind(), strict=True):
                 norms[index] = norm
         for index, layer in enumerate(self.layers):
@@ -60,8 +60,9 @@ def base_weight(layer: BaseTunerLayer) -> Tensor:
 
 
 def _projected(layer: BaseTunerLayer, A: Tensor) -> Tensor:
+    """W0 A', (out, r), float32."""
     weight = base_weight(layer)
-    return weight @ A.mT.to(weight.dtype)
+    return (weight @ A.mT.to(weight.dtype)).to(A.dtype)
 
 
 def _factors(layer: BaseTunerLayer) -> tuple[Tensor, Tensor]:

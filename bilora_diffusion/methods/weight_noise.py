@@ -5,10 +5,9 @@
 for each output row i of the merged weight W' = W0 + s B A (- s B0 A0, with a start that is not zero), n its number of
 inputs. T is a table of standard normal numbers, drawn once; o, where a layer's noise begins in it, is drawn anew for
 each layer and step. N is made in the forward pass and again in the backward pass: it takes the memory of one layer and
-works on any base, quantised ones and gradient checkpointing included, and random numbers drawn twice for each weight
-would take longer than the products. Its norm is sigma ||W'||_F on average. Where the layer is fused the two products
-are one, x (W0 + N)^T: in half precision the sum is rounded as any result is, so that a sigma below a few thousandths
-is lost.
+works on any base, quantised ones and gradient checkpointing included, and reading it takes less time than drawing it
+twice. Its norm is sigma ||W'||_F on average. Where the layer is fused the two products are one, x (W0 + N)^T: in half
+precision the sum is rounded as any result is, so that a sigma below a few thousandths is lost.
 
 Reference:
     Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape (Li et al., 2025), arXiv 2409.14396, Eq. 6-8.

@@ -1,0 +1,117 @@
+"""The report's tables of what is measured of finished trainings: what they draw, and how flat they lie."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.quality.differences import Row, cell
+from benchmarks.quality.flatness import DIRECTIONS, POWER_STEPS, RANDOM_SIZE, SIZES
+from benchmarks.quality.laboratory import RANK, SHARPNESS_DRAWS
+from benchmarks.quality.measures import FEWER
+
+__all__ = ["PICTURE_MEASURES", "flatness_table", "pictures_table"]
+
+PICTURE_MEASURES = {
+    "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true 3D icon, in [-2, 2]"),
+    "similarity_to_true_few_steps": ("in 8 steps", "the same with 8 sampling steps instead of 20"),
+    "distance_to_true": ("squared error", "mean squared difference of colours to the true icon, less is better"),
+    "retrieval_rank": ("rank", "mean place of the name's own 3D icon among all 506 by similarity; 1 is best"),
+    "retrieved_top_10": ("found in 10", "share of names whose own icon is among the nearest 10"),
+    "nearest_training_picture": ("like a training icon", "similarity to the nearest of the 23: copying"),
+    "diversity": ("diversity", "2 less the similarity between two seeds' pictures of a name"),
+    "scorer_3d": ("scorer", "similarity to the name in 3D by the embedded scorer, in [-1, 1]"),
+    "flat_kept": ("flat kept", "similarity of flat icons to those the base draws: what is not forgotten"),
+}
+"""Title and meaning by name."""
+DIGITS = {"retrieval_rank": 2}
+
+FLATNESS = {
+    ("lora", "random"): "random",
+    ("lora", "worst_case"): "gradient",
+    ("lora", "eigenvalue"): "eigenvalue",
+    ("full", "random"): "merged, random",
+    ("full", "worst_case"): "merged, gradient",
+    ("full", "eigenvalue"): "merged, eigenvalue",
+    ("full", "gradient"): f"merged, top {RANK}",
+}
+"""Title by space and name."""
+
+
+def pictures_table(rows: Sequence[Row]) -> list[str]:
+    """Of the rows that have all that LoRA's has; the others are named below it.
+
+    Arguments:
+        rows: LoRA's first.
+    """
+    names = _names(rows[0].runs[0][0])
+    measures = [name for name in PICTURE_MEASURES if all(name in run["pictures"] for run, _ in rows[0].runs)]
+    drawn = [row for row in rows if all(_names(run) == names and _has(run, measures) for run, _ in row.runs)]
+    lines = [
+        "### Pictures",
+        "",
+        f"{names} unseen names, drawn after the last step (in 8 steps, of two seeds, and flat: {FEWER} of them). "
+        + "; ".join(f"`{PICTURE_MEASURES[name][0]}`: {PICTURE_MEASURES[name][1]}" for name in measures)
+        + ".",
+        "",
+        *_head([PICTURE_MEASURES[name][0] for name in measures]),
+    ]
+    for row in drawn:
+        cells = [
+            cell(row.values(lambda run, name=name: run["pictures"][name]), DIGITS.get(name, 3), row.is_lora)
+            for name in measures
+        ]
+        lines.append("| " + " | ".join([row.title, *cells]) + " |")
+    return [*lines, "", *_without(rows, drawn)]
+
+
+def flatness_table(rows: Sequence[Row]) -> list[str]:
+    """Of the rows that it was measured of; nothing if LoRA's is not one.
+
+    Arguments:
+        rows: LoRA's first.
+    """
+    found = [row for row in rows if all("lora" in run["sharpness"] for run, _ in row.runs)]
+    if not found or not found[0].is_lora:
+        return []
+    lines = [
+        "### Sharpness",
+        "",
+        f"Of the training loss after the last step, on {SHARPNESS_DRAWS} fixed draws, by `bilora_diffusion.sharpness`: "
+        "first in the space of LoRA's factors, then in that of the merged weights; less is flatter. `random`: the mean "
+        f"rise after steps of {RANDOM_SIZE:g} of each row's norm, to either side of {DIRECTIONS} filter-normalised "
+        f"directions; `gradient`: the rise after a step along it of {100 * SIZES['lora']:g} % of the factors' norm, "
+        f"{100 * SIZES['full']:g} % of the merged weights'; `eigenvalue`: the Hessian's top one after {POWER_STEPS} "
+        f"steps of power iteration; `top {RANK}`: the root of the sum of the squares of each layer's gradient's top "
+        f"{RANK} singular values. All but the eigenvalues as differences in 1e-4.",
+        "",
+        *_head(list(FLATNESS.values())),
+    ]
+    for row in found:
+        cells = [
+            cell(row.values(lambda run, at=at: _flatness(run, *at)), 3 if at[1] == "eigenvalue" else 4, row.is_lora)
+            for at in FLATNESS
+        ]
+        lines.append("| " + " | ".join([row.title, *cells]) + " |")
+    return [*lines, "", *_without(rows, found)]
+
+
+def _names(run: Mapping[str, Any]) -> int:
+    """How many were drawn. A file that does not say is older than the count, from when it was 48."""
+    return run["pictures"].get("names", 48)
+
+
+def _has(run: Mapping[str, Any], measures: Sequence[str]) -> bool:
+    return all(name in run["pictures"] for name in measures)
+
+
+def _flatness(run: Mapping[str, Any], space: str, name: str) -> float:
+    found = run["sharpness"][space][name]
+    return found["top"] if name == "gradient" else found
+
+
+def _head(titles: Sequence[str]) -> list[str]:
+    return ["| method | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+
+
+def _without(rows: Sequence[Row], shown: Sequence[Row]) -> list[str]:
+    missing = [row.title for row in rows if row not in shown]
+    return [f"Trained before this was measured so: {'; '.join(missing)}.", ""] if missing else []
