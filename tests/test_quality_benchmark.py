@@ -78,6 +78,22 @@ def test_the_choice_is_by_the_validation_names_at_the_best_step(tmp_path: Path):
     assert chosen(tmp_path) == {"lora": fast}
 
 
+def test_regularisers_are_no_baseline(tmp_path: Path):
+    """LoRA with dropout is chosen for itself, and compared with plain LoRA, were it better on the validation names."""
+    plain, light, heavy = (
+        Configuration("lora", 1e-3, dict(own)) for own in ({}, {"lora_dropout": 0.1}, {"lora_dropout": 0.7})
+    )
+    for configuration, loss in ((plain, 0.3), (light, 0.2), (heavy, 0.25)):
+        write(tmp_path, configuration, 0, {100: loss})
+    assert chosen(tmp_path) == {"lora": plain, "lora, dropout": light}
+    for configuration, loss in ((plain, 0.3), (light, 0.2)):
+        for seed in (1, 2):
+            write(tmp_path, configuration, seed, {100: loss})
+    first, second = measured_rows([run for run in runs(tmp_path) if run["seed"]], chosen(tmp_path))
+    assert first.is_lora and first.configuration == plain
+    assert second.configuration == light and second.runs[0][1]["key"] == plain.key
+
+
 def test_differences_are_paired(tmp_path: Path):
     """LoRA differs between the seeds by far more than the other method from it, and the interval is narrow."""
     lora, flat = Configuration("lora", 1e-3), Configuration("flat-lora", 1e-3, {"sigma": 0.3})
@@ -134,6 +150,7 @@ def test_computed_times_are_those_of_the_passes():
     assert cost("bilora-fresh") == cost("bilora-fresh", ascent_share=0.5) == pytest.approx(1.5)
     assert cost("bilora-fresh", ascent_share=0.5, **noise) == pytest.approx(1.8)
     assert cost("bilora-fresh", ascent_share=1.0, ascent_basis="tracked") == pytest.approx(1.8)
+    assert cost("lora", lora_dropout=0.1) is None  # not measured
 
 
 def test_the_defaults_have_a_section_to_themselves(tmp_path: Path):

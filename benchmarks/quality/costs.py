@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.quality.laboratory import BATCH, training_config
 from benchmarks.quality.plan import Configuration
-from benchmarks.quality.results import NOISE, kind_of
+from benchmarks.quality.results import NOISE, REGULARISERS, kind_of
 from benchmarks.quality.tasks import solid_icons
 from benchmarks.speed.report import ratio_to_baseline
 from bilora_diffusion.memory.estimate import estimate
@@ -28,11 +28,11 @@ def time_cost(configuration: Configuration, ratios: Mapping[str, float], batch: 
     """That of a configuration, from what was measured with a whole second pass, and with looksam's at each fifth step.
 
     Of a second pass on some rows so much of what the whole one adds; on top of it the noise's, in both passes. Of the
-    full space it is the least: the wider sketch comes on top.
+    full space it is the least: the wider sketch comes on top. None where it was not measured.
     """
     ratio = ratios.get(kind_of(configuration), ratios.get(configuration.method))
     settings = configuration.settings
-    if ratio is None:
+    if ratio is None or REGULARISERS.keys() & settings:
         return None
     fresh = configuration.method == "bilora-fresh"
     rows = math.ceil(settings.get("ascent_share", FRESH_ROWS if fresh else 1.0) * batch) / batch

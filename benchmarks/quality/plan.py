@@ -43,7 +43,15 @@ class Configuration:
 
 
 STRENGTHS: dict[str, list[dict[str, Any]]] = {
-    "lora": [{}, {"steps_per_draw": 2}],
+    "lora": [
+        {},
+        {"steps_per_draw": 2},
+        {"ema_decay": 0.98},  # in 400 steps a higher one is the same: it grows to (1 + n) / (10 + n)
+        {"lora_dropout": 0.1},
+        {"lora_dropout": 0.3},
+        {"lora_dropout": 0.5},
+        {"lora_dropout": 0.7},
+    ],
     "bilora": [
         {"rho": 0.05},
         {},
@@ -54,6 +62,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 0.7},
         {"rho": 2.0, "auxiliary_init": "kaiming"},
         {"rho": 2.0, "sigma": 0.5, "sigma_schedule": "constant"},
+        {"rho": 2.0, "lora_dropout": 0.5},
     ],
     "bilora-fresh": [
         {"rho": 0.475734, "ascent_share": 1.0},
@@ -72,6 +81,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 1.0},
         {"rho": 2.0},
         {"rho": 1.0, "sigma": 0.5, "sigma_schedule": "constant"},
+        {"rho": 1.0, "lora_dropout": 0.5},
     ],
     "dual-lora": [{}],
     "flat-lora": [
@@ -98,8 +108,9 @@ ALSO_MEASURED = (
     Configuration("bilora", 5e-4, {"rho": 2.0}),
     Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
     Configuration("flat-lora", 5e-4, _NOISE),
+    Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
 )
-"""Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start."""
+"""Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start, much dropout."""
 CONFIRMED = tuple(
     Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")
 )
@@ -113,5 +124,5 @@ def candidates(methods: list[str] | None = None) -> Iterator[Configuration]:
         if methods and method not in methods:
             continue
         for settings in strengths:
-            for rate in RATES_OF_LORA if method == "lora" else RATES:
+            for rate in RATES_OF_LORA if method == "lora" and not settings else RATES:
                 yield Configuration(method, rate, settings)

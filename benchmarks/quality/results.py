@@ -12,6 +12,7 @@ from bilora_diffusion.method_names import WITH_NOISE
 __all__ = [
     "CHOOSING_SEED",
     "NOISE",
+    "REGULARISERS",
     "at_best",
     "best_step",
     "chosen",
@@ -26,6 +27,8 @@ __all__ = [
 
 CHOOSING_SEED = 0
 NOISE = ", noise on top"
+REGULARISERS = {"ema_decay": "averaged", "lora_dropout": "dropout"}
+"""What any trainer has against overfitting, by flag."""
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
@@ -76,6 +79,9 @@ def kind(run: Mapping[str, Any]) -> str:
 def kind_of(configuration: Configuration) -> str:
     """The method, and what sets a control or another form of it apart: those have a row to themselves."""
     method, settings = configuration.method, configuration.settings
+    for flag, name in REGULARISERS.items():
+        if flag in settings:
+            return f"{method}, {name}"
     if settings.get("steps_per_draw", 1) > 1:
         return f"{method}, {settings['steps_per_draw']} steps a draw"
     if settings.get("ascent_basis") == "tracked":
