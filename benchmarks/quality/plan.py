@@ -63,6 +63,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 2.0, "auxiliary_init": "kaiming"},
         {"rho": 2.0, "sigma": 0.5, "sigma_schedule": "constant"},
         {"rho": 2.0, "lora_dropout": 0.5},
+        {"rho": 2.0, "lora_dropout": 0.7},
     ],
     "bilora-fresh": [
         {"rho": 0.475734, "ascent_share": 1.0},
@@ -72,6 +73,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 2.0, "ascent_share": 0.5},
         {"rho": 1.0, "ascent_share": 1.0, "auxiliary_rank": FULL_RANK},
         {"rho": 1.0, "ascent_share": 0.5, "sigma": 0.5, "sigma_schedule": "constant"},
+        {"rho": 1.0, "ascent_share": 0.5, "lora_dropout": 0.5},
         {"rho": 0.475734, "ascent_share": 1.0, "ascent_basis": "tracked"},
         {"rho": 0.475734, "ascent_share": 0.5, "ascent_basis": "tracked"},
         {"rho": 1.0, "ascent_share": 1.0, "ascent_basis": "tracked"},
@@ -111,11 +113,13 @@ ALSO_MEASURED = (
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
 )
 """Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start, much dropout."""
-CONFIRMED = tuple(
-    Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")
+CONFIRMED = (
+    *(Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")),
+    Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
+    Configuration("bilora", 5e-4, {"lora_dropout": 0.5}),
 )
-"""Methods that differed from LoRA, with the strengths that the trainer has by default, at LoRA's learning rate: what
-README recommends. Named before the seeds that measure it were run."""
+"""Methods that differed from LoRA, with the strengths that the trainer has by default, at LoRA's learning rate, and
+dropout: what README recommends. Each was named before it was run on the seeds that measure it."""
 
 
 def candidates(methods: list[str] | None = None) -> Iterator[Configuration]:
