@@ -110,9 +110,11 @@ ALSO_MEASURED = (
     Configuration("bilora", 5e-4, {"rho": 2.0}),
     Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
     Configuration("flat-lora", 5e-4, _NOISE),
+    Configuration("lora", 5e-4, {"lora_dropout": 0.1}),
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
+    Configuration("bilora", 5e-4, {"rho": 2.0, "lora_dropout": 0.5}),
 )
-"""Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start, much dropout."""
+"""Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start, little and much dropout."""
 CONFIRMED = (
     *(Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")),
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
