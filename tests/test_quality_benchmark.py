@@ -132,10 +132,10 @@ def test_pictures_and_flatness_are_of_rows_measured_alike(tmp_path: Path):
     pictures, flatness = (lines[lines.index(title) :] for title in ("### Pictures", "### Sharpness"))
     assert pictures[2].startswith("60 unseen names")
     told = "Trained before this was measured so: nbar, lr 0.001 (no choice: seed 0 was not run)."
-    for table, cell in ((pictures, "+0.125 +- 0.000"), (flatness, "-0.050 +- 0.000")):
+    for table, cell in ((pictures, "+0.125 +- 0.000"), (flatness, "-17 +- 0 %")):
         rows = [line for line in table[: table.index(told)] if line.startswith(("| flat-lora", "| nbar"))]
         assert [row.count(cell) for row in rows] == [len(PICTURE_MEASURES) - 1 if table is pictures else 2]
-    assert sum("-20 +- 0" in line for line in flatness[: flatness.index(told)]) == 1  # of the gradient's top 4
+    assert sum("| -20 +- 0 % |" in line for line in flatness[: flatness.index(told)]) == 1  # of the gradient's top 4
 
 
 def test_computed_times_are_those_of_the_passes():

@@ -1,9 +1,11 @@
 """The report's tables of what is measured of finished trainings: what they draw, and how flat they lie."""
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.quality.differences import Row, cell
+from benchmarks.quality.differences import Row, cell, interval
 from benchmarks.quality.flatness import DIRECTIONS, POWER_STEPS, RANDOM_SIZE, SIZES
 from benchmarks.quality.laboratory import RANK, SHARPNESS_DRAWS
 from benchmarks.quality.measures import FEWER
@@ -81,17 +83,24 @@ def flatness_table(rows: Sequence[Row]) -> list[str]:
         f"directions; `gradient`: the rise after a step along it of {100 * SIZES['lora']:g} % of the factors' norm, "
         f"{100 * SIZES['full']:g} % of the merged weights'; `eigenvalue`: the Hessian's top one after {POWER_STEPS} "
         f"steps of power iteration; `top {RANK}`: the root of the sum of the squares of each layer's gradient's top "
-        f"{RANK} singular values. All but the eigenvalues as differences in 1e-4.",
+        f"{RANK} singular values. Differences as shares of LoRA's mean.",
         "",
         *_head(list(FLATNESS.values())),
     ]
     for row in found:
-        cells = [
-            cell(row.values(lambda run, at=at: _flatness(run, *at)), 3 if at[1] == "eigenvalue" else 4, row.is_lora)
-            for at in FLATNESS
-        ]
+        cells = [_share_cell(row.values(lambda run, at=at: _flatness(run, *at)), row.is_lora) for at in FLATNESS]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
     return [*lines, "", *_without(rows, found)]
+
+
+def _share_cell(values: Sequence[tuple[float, float]], is_lora: bool) -> str:
+    """LoRA's mean and standard error, or the mean paired difference to it as a share of its mean."""
+    plain = [b for _, b in values]
+    mean = statistics.fmean(plain)
+    if is_lora:
+        error = f" (s.e. {statistics.stdev(plain) / math.sqrt(len(plain)):.1g})" if len(plain) > 1 else ""
+        return f"{mean:.2g}{error}"
+    return f"{interval([100 * (a - b) / mean for a, b in values], 0)} %"
 
 
 def _names(run: Mapping[str, Any]) -> int:
