@@ -25,8 +25,8 @@ def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]
     return [
         "## The trainer's defaults, on new seeds",
         "",
-        f"Seeds {seeds}. Five methods that differed from LoRA below, with the strengths that the trainer has by "
-        "default, at LoRA's learning rate: rows, settings and seeds were named before these runs, and nothing was "
+        f"Seeds {seeds}. What differed from LoRA below, with the strengths that the trainer has by default, at LoRA's "
+        "learning rate, and with dropout: settings and seeds of each row were named before its runs, and nothing was "
         "chosen by them. Of many intervals at 95 % one in twenty leaves 0 out by chance. Differences to LoRA "
         "(paired, Student's t); LoRA's own row has its values and their standard error.",
         "",
