@@ -276,10 +276,10 @@ def test_a_report_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         write(folder, obar, 2, {100: 0.1})
     lines = made().splitlines()
     assert sum(line.startswith("| lora, lr 0.001 | 0.2") for line in lines) == 2
-    assert sum(line.startswith("| lora, lr 0.0005 (not the choice) |") for line in lines) == 3
-    assert sum(line.startswith("| nbar, lr 0.001 (no choice: seed 0 was not run) |") for line in lines) == 3
+    assert sum(line.startswith("| lora, lr 0.0005 (not the choice) |") for line in lines) == 4
+    assert sum(line.startswith("| nbar, lr 0.001 (no choice: seed 0 was not run) |") for line in lines) == 4
     assert (
-        sum(line.startswith("| obar, lr 0.001 (no choice: seed 0 was not run) (1 of 2 runs) |") for line in lines) == 3
+        sum(line.startswith("| obar, lr 0.001 (no choice: seed 0 was not run) (1 of 2 runs) |") for line in lines) == 4
     )
 
 
