@@ -7,6 +7,9 @@ and, for the gradient g of y, with one product added into another again:
 
     gh = s g [B1, B2],   gx = g W0 + gh [A1; A2],   [gA1; gA2] = gh' x,   [gB1, gB2] = s g' h
 
+With dropout each adapter has its own x, so a product down for each; of what it drew a byte an element is kept, where
+peft's layers keep the dropped x too.
+
 peft adds one adapter after another: each reads x, writes a whole y, and does both again in the backward pass. The
 factors stay peft's own parameters; only the layer's forward is another. benchmarks/speed measures what it saves.
 
@@ -47,7 +50,7 @@ class Perturbation(Protocol):
 class FusedLinear(Linear):
     """peft's linear layer, computed as above where that is the same thing, and by peft where it is not.
 
-    By peft: dropout, DoRA and peft's other variants, merged or disabled adapters, adapters chosen for each row, a base
+    By peft: DoRA and peft's other variants, merged or disabled adapters, adapters chosen for each row, a base
     that is quantised by others, trained, hooked or on another device, and a precision that peft would convert on the
     way. A `StoredLinear` is restored in each pass.
 
@@ -70,9 +73,11 @@ class FusedLinear(Linear):
             return y if self.on_gradient is None else tap(x, y, self.on_gradient)
         A, B = ([factor[name].weight for name in names] for factor in (self.lora_A, self.lora_B))
         scales = [self.scaling[name] for name in names]
+        chances = [_chance(self.lora_dropout[name]) for name in names]
         base = self.base_layer
         weight = base.stored if isinstance(base, StoredLinear) else base.weight
-        return _Stacked.apply(x.to(dtype), weight, base.bias, self.perturbation, self.on_gradient, scales, *A, *B)
+        own = self.perturbation, self.on_gradient
+        return _Stacked.apply(x.to(dtype), weight, base.bias, *own, scales, chances, *A, *B)
 
     def _stackable(self, x: Tensor, dtype: torch.dtype) -> list[str] | None:
         """The adapters that add something, None where peft's own forward is needed."""
@@ -86,9 +91,8 @@ class FusedLinear(Linear):
         return None if converts or len(dtypes) > 1 else names
 
     def _is_vanilla(self, name: str) -> bool:
-        dropout = self.lora_dropout[name]
-        drops = dropout.training and not isinstance(dropout, nn.Identity)
-        return name not in self.lora_variant and self.lora_B[name].bias is None and not drops
+        drops_elements = type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
+        return name not in self.lora_variant and self.lora_B[name].bias is None and drops_elements
 
 
 def fuse(model: nn.Module) -> None:
@@ -119,8 +123,13 @@ def _is_plain(base: nn.Module, device: torch.device) -> bool:
     )
 
 
+def _chance(dropout: nn.Module) -> float:
+    """That an element is dropped now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
 class _Stacked(torch.autograd.Function):
-    """x (W0 + N)' + b + sum over adapters of s B A x; the base is frozen and has no gradient."""
+    """x (W0 + N)' + b + sum over adapters of s B A d(x), d its dropout; the base is frozen and has no gradient."""
 
     @staticmethod
     def forward(
@@ -131,6 +140,7 @@ class _Stacked(torch.autograd.Function):
         perturbation: Perturbation | None,
         on_gradient: Callable[[Tensor, Tensor], None] | None,
         scales: list[float],
+        chances: list[float],
         *factors: Tensor,
     ) -> Tensor:
         A, B = factors[: len(scales)], factors[len(scales) :]
@@ -139,26 +149,32 @@ class _Stacked(torch.autograd.Function):
             B, scale = [one * s for one, s in zip(B, scales, strict=True)], 1.0
         down, up = _join(A, 0).to(x.dtype), _join(B, 1).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        h = rows @ down.mT
+        ranks = [len(one) for one in A]
+        if any(chances):
+            shown = [_dropped(rows, chance) for chance in chances]
+            h = torch.cat([x @ one.mT for (x, _), one in zip(shown, down.split(ranks), strict=True)], 1)
+            masks = [mask for _, mask in shown]
+        else:
+            h, masks = rows @ down.mT, []
         if perturbation is None:
             y = nn.functional.linear(rows, _whole(weight, x.dtype), bias)
         else:
             y = perturbation.linear(rows, _unrounded(weight, x.dtype), bias)
         y.addmm_(h, up.mT, alpha=scale)
         is_stored = not isinstance(weight, Tensor)
-        ctx.save_for_backward(rows, h, None if is_stored else weight, down, up)
+        ctx.save_for_backward(rows, h, None if is_stored else weight, down, up, *masks)
         ctx.stored = weight if is_stored else None
         ctx.on_gradient = on_gradient
         ctx.perturbation, ctx.scale, ctx.scales, ctx.shape = perturbation, scale, scales, x.shape
-        ctx.ranks, ctx.dtype = [len(one) for one in A], A[0].dtype
+        ctx.ranks, ctx.dtype, ctx.chances = ranks, A[0].dtype, chances
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, h, weight, down, up = ctx.saved_tensors
+        rows, h, weight, down, up, *masks = ctx.saved_tensors
         count = len(ctx.scales)
-        of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6 : 6 + count], ctx.needs_input_grad[-count:]
+        of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[7 : 7 + count], ctx.needs_input_grad[-count:]
         weight = ctx.stored if weight is None else weight
         g = gradient.reshape(-1, gradient.shape[-1])
         if ctx.on_gradient is not None:
@@ -173,8 +189,20 @@ class _Stacked(torch.autograd.Function):
                     gx = g @ _whole(weight, g.dtype)
                 else:
                     gx = ctx.perturbation.backward(g, _unrounded(weight, g.dtype))
-                gx = gx.addmm_(gh, down).view(ctx.shape)
-            if any(of_A):
+                if masks:
+                    for piece, one, mask, chance in zip(
+                        gh.split(ctx.ranks, 1), down.split(ctx.ranks), masks, ctx.chances, strict=True
+                    ):
+                        gx += _masked(piece @ one, mask, chance)
+                else:
+                    gx.addmm_(gh, down)
+                gx = gx.view(ctx.shape)
+            if any(of_A) and masks:
+                gA = [
+                    (piece.mT @ _masked(rows, mask, chance)).to(ctx.dtype)
+                    for piece, mask, chance in zip(gh.split(ctx.ranks, 1), masks, ctx.chances, strict=True)
+                ]
+            elif any(of_A):
                 gA = (gh.mT @ rows).to(ctx.dtype).split(ctx.ranks)
         if any(of_B):
             gB = [
@@ -182,7 +210,16 @@ class _Stacked(torch.autograd.Function):
                 for piece, s in zip((g.mT @ h).split(ctx.ranks, dim=1), ctx.scales, strict=True)
             ]
         wanted = (one if needed else None for one, needed in zip((*gA, *gB), (*of_A, *of_B), strict=True))
-        return gx, None, None, None, None, None, *wanted
+        return gx, None, None, None, None, None, None, *wanted
+
+
+def _dropped(rows: Tensor, chance: float) -> tuple[Tensor, Tensor | None]:
+    """As `nn.Dropout`, from the same random numbers; and which elements stay, None for all."""
+    return torch.native_dropout(rows, chance, True) if chance else (rows, None)
+
+
+def _masked(rows: Tensor, stays: Tensor | None, chance: float) -> Tensor:
+    return rows if stays is None else torch.ops.aten.native_dropout_backward(rows, stays, 1 / (1 - chance))
 
 
 def tap(x: Tensor, y: Tensor, on_gradient: Callable[[Tensor, Tensor], None]) -> Tensor:

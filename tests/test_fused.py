@@ -167,17 +167,20 @@ def test_frozen_factors_have_no_gradient(frozen):
     assert_same(results(one, x), results(other, x), 1e-12)
 
 
-def test_gradients_by_finite_differences():
+@pytest.mark.parametrize("chances", [(0.0, 0.0), (0.3, 0.6), (0.0, 0.5)], ids=str)
+def test_gradients_by_finite_differences(chances):
     layer = model(ADAPTERS["ranks"]).to_q
     factors = [layer.lora_A[PRIMARY], layer.lora_B[PRIMARY], layer.lora_A[AUXILIARY], layer.lora_B[AUXILIARY]]
     scales = [layer.scaling[PRIMARY], layer.scaling[AUXILIARY]]
     A1, B1, A2, B2 = (factor.weight for factor in factors)
     x = rows(torch.float64, 3).requires_grad_()
     base = layer.base_layer
-    assert torch.autograd.gradcheck(
-        lambda x, *factors: fused._Stacked.apply(x, base.weight, base.bias, None, None, scales, *factors),
-        (x, A1, A2, B1, B2),
-    )
+
+    def output(x: Tensor, *factors: Tensor) -> Tensor:
+        torch.manual_seed(1)  # the same elements are dropped each time
+        return fused._Stacked.apply(x, base.weight, base.bias, None, None, scales, list(chances), *factors)
+
+    assert torch.autograd.gradcheck(output, (x, A1, A2, B1, B2))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
@@ -290,18 +293,58 @@ def test_falls_back_to_peft(change, options, fused_calls):
     assert torch.equal(seen, one(x))
 
 
-def test_dropout_is_pefts_in_training_and_fused_in_evaluation(fused_calls):
-    one = model(ADAPTERS["two"], lora_dropout=0.5)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("adapters", ADAPTERS.values(), ids=ADAPTERS)
+def test_dropout_drops_what_pefts_does(adapters, dtype, fused_calls):
+    """For each adapter other elements, in training only; the gradients are of what was shown."""
+    one, other = both(adapters, dtype, lora_dropout=0.4)
+    x = rows(dtype)
+    seen, expected = ([], [])
+    for made, found in ((one.train(), seen), (other.train(), expected)):
+        torch.manual_seed(1)
+        found += [results(made, x), results(made, x)]
+    assert len(fused_calls) == 2 and not torch.allclose(seen[0]["output"], seen[1]["output"])
+    for found, wanted in zip(seen, expected, strict=True):
+        assert_same(found, wanted, TOLERANCES[dtype])
+    assert torch.allclose(one.eval()(x), other.eval()(x), atol=TOLERANCES[dtype])
+
+
+def test_one_adapter_drops_and_the_other_does_not(fused_calls):
+    one, other = both(ADAPTERS["ranks"])
+    for made in (one.train(), other.train()):
+        made.to_q.lora_dropout[AUXILIARY] = nn.Dropout(0.5)
     x = rows()
     torch.manual_seed(1)
-    seen = one.train()(x)
-    assert not fused_calls
-    unfuse(one)
+    seen = results(one, x)
     torch.manual_seed(1)
-    assert torch.equal(seen, one(x))
-    expected = one.eval()(x)
-    fuse(one)
-    assert torch.allclose(one(x), expected, atol=1e-12) and fused_calls == [2]
+    assert_same(seen, results(other, x), 1e-12)
+    assert fused_calls == [2]
+
+
+def test_another_kind_of_dropout_is_pefts(fused_calls):
+    one = model(ADAPTERS["two"], lora_dropout=0.5).train()
+    one.to_q.lora_dropout[PRIMARY] = nn.AlphaDropout(0.5)
+    one(rows())
+    assert not fused_calls
+
+
+def test_dropout_keeps_a_byte_an_element():
+    """Beside the input: a mask for each adapter, where peft's layers keep the dropped input too."""
+    made = {False: model(ADAPTERS["two"], torch.float32, lora_dropout=0.5), True: model(ADAPTERS["two"], torch.float32)}
+    x = rows(torch.float32, 64).requires_grad_()
+
+    def kept(layer: nn.Module) -> int:
+        sizes = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer.train()(x)
+        return sum(sizes.values())
+
+    assert kept(made[False].to_q) - kept(made[True].to_q) == 2 * 64 * IN
 
 
 def test_adapters_by_row_are_pefts(fused_calls):
@@ -336,7 +379,8 @@ def test_only_linear_layers_are_fused():
 
 @pytest.mark.parametrize("method", ["lora", "bilora", "bilora-fresh", "flat-lora"])
 def test_a_run_takes_pefts_steps(build, method, fused_calls):
-    runs = [build(method, train_text_encoder=True, auxiliary_learning_rate=0.01) for _ in range(2)]
+    flags = {"lora_dropout": 0.3} if method in ("lora", "bilora") else {}
+    runs = [build(method, train_text_encoder=True, auxiliary_learning_rate=0.01, **flags) for _ in range(2)]
     for part in runs[1].parts.models.values():
         unfuse(part)
     losses = [run.train(3) for run in runs]

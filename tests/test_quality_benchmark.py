@@ -151,6 +151,8 @@ def test_computed_times_are_those_of_the_passes():
     assert cost("bilora-fresh", ascent_share=0.5, **noise) == pytest.approx(1.8)
     assert cost("bilora-fresh", ascent_share=1.0, ascent_basis="tracked") == pytest.approx(1.8)
     assert cost("lora", lora_dropout=0.1) is None  # not measured
+    ratios["lora, dropout"] = 1.03
+    assert cost("lora", lora_dropout=0.1) == pytest.approx(1.03) and cost("bilora", lora_dropout=0.1) is None
 
 
 def test_the_defaults_have_a_section_to_themselves(tmp_path: Path):

@@ -30,9 +30,10 @@ def time_cost(configuration: Configuration, ratios: Mapping[str, float], batch: 
     Of a second pass on some rows so much of what the whole one adds; on top of it the noise's, in both passes. Of the
     full space it is the least: the wider sketch comes on top. None where it was not measured.
     """
-    ratio = ratios.get(kind_of(configuration), ratios.get(configuration.method))
     settings = configuration.settings
-    if ratio is None or REGULARISERS.keys() & settings:
+    method = None if REGULARISERS.keys() & settings else configuration.method
+    ratio = ratios.get(kind_of(configuration), ratios.get(method))
+    if ratio is None:
         return None
     fresh = configuration.method == "bilora-fresh"
     rows = math.ceil(settings.get("ascent_share", FRESH_ROWS if fresh else 1.0) * batch) / batch

@@ -83,8 +83,10 @@ def specifications(names: Sequence[str] | None = None, *, compiled: bool = False
     """All of them, or those of some names and the baseline; each method also compiled, if asked for."""
     everything = [_own(BASELINE)]
     everything += [_own(method) for method in METHOD_NAMES if method != BASELINE]
-    everything += [_own("bilora-fresh", tracked=True)]
-    everything += [_own(method, fused=False) for method in (BASELINE, "bilora")]
+    everything += [_own("bilora-fresh", "tracked", ascent_basis="tracked")]
+    everything += [_own(method, "dropout", lora_dropout=0.5) for method in (BASELINE, "bilora")]
+    everything += [_own(method, "peft's forward", fused=False) for method in (BASELINE, "bilora")]
+    everything += [_own(BASELINE, "dropout, peft's forward", fused=False, lora_dropout=0.5)]
     everything += [
         Specification("stock", {"vae": "every step"}, lambda setting: Stock(setting, encodes=True)),
         Specification("stock, latents kept", {"vae": "never"}, lambda setting: Stock(setting, encodes=False)),
@@ -96,18 +98,15 @@ def specifications(names: Sequence[str] | None = None, *, compiled: bool = False
     chosen = [one for one in everything if not names or one.name in names or one.name == BASELINE]
     yield from chosen
     if compiled:
-        yield from (_own(one.name, compiled=True) for one in chosen if one.name in METHOD_NAMES)
+        yield from (_own(one.name, "compiled", compile=True) for one in chosen if one.name in METHOD_NAMES)
 
 
-def _own(method: str, *, fused: bool = True, compiled: bool = False, tracked: bool = False) -> Specification:
-    flags: dict[str, Any] = {"method": method}
+def _own(method: str, form: str = "", *, fused: bool = True, **own: Any) -> Specification:
+    """Arguments: form: what sets it apart from the method as it is by default, for its name."""
+    flags = {"method": method} | own
     if method == "bilora-fresh":
-        flags |= {"ascent_share": 1.0, "ascent_basis": "tracked" if tracked else "gradient"}  # a whole second pass
-    if compiled:
-        flags["compile"] = True
-    if tracked:
-        return Specification(f"{method}, tracked", flags | {"fused": True}, lambda setting: Own(setting, flags, True))
-    name = f"{method}, compiled" if compiled else method if fused else f"{method}, peft's forward"
+        flags = {"ascent_share": 1.0, "ascent_basis": "gradient"} | flags  # a whole second pass
+    name = f"{method}, {form}" if form else method
     return Specification(name, flags | {"fused": fused}, lambda setting: Own(setting, flags, fused))
 
 
