@@ -81,7 +81,10 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {
 """The programs that there may be: for a block's two widths, and for one whose input has no gradient."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+RARER = ("flat-lora", "bilora-fresh")
+
+
+@pytest.mark.parametrize("method", [pytest.param(one, marks=[pytest.mark.slow] * (one in RARER)) for one in METHODS])
 def test_the_plain_runs_weights_and_no_program_after_the_first_steps(method, build):
     """Though the auxiliary is switched off and on in between, for the loss gap and for a preview."""
     programs, flags = METHODS[method]
@@ -119,6 +122,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_other_passes(name, build):
     method, flags = CASES[name]
