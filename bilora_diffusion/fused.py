@@ -184,24 +184,23 @@ class _Stacked(torch.autograd.Function):
             gh = g @ up
             if ctx.scale != 1:
                 gh *= ctx.scale
+            pieces = []
+            if masks:  # what stays counts for what is dropped: in the few columns here, not in the many of the rows
+                of_each = zip(gh.split(ctx.ranks, 1), ctx.chances, strict=True)
+                pieces = [piece / (1 - chance) for piece, chance in of_each]
             if of_x:
                 if ctx.perturbation is None:
                     gx = g @ _whole(weight, g.dtype)
                 else:
                     gx = ctx.perturbation.backward(g, _unrounded(weight, g.dtype))
                 if masks:
-                    for piece, one, mask, chance in zip(
-                        gh.split(ctx.ranks, 1), down.split(ctx.ranks), masks, ctx.chances, strict=True
-                    ):
-                        gx += _masked(piece @ one, mask, chance)
+                    for piece, one, mask in zip(pieces, down.split(ctx.ranks), masks, strict=True):
+                        gx += _shown(piece @ one, mask)
                 else:
                     gx.addmm_(gh, down)
                 gx = gx.view(ctx.shape)
             if any(of_A) and masks:
-                gA = [
-                    (piece.mT @ _masked(rows, mask, chance)).to(ctx.dtype)
-                    for piece, mask, chance in zip(gh.split(ctx.ranks, 1), masks, ctx.chances, strict=True)
-                ]
+                gA = [(piece.mT @ _shown(rows, mask)).to(ctx.dtype) for piece, mask in zip(pieces, masks, strict=True)]
             elif any(of_A):
                 gA = (gh.mT @ rows).to(ctx.dtype).split(ctx.ranks)
         if any(of_B):
@@ -218,8 +217,8 @@ def _dropped(rows: Tensor, chance: float) -> tuple[Tensor, Tensor | None]:
     return torch.native_dropout(rows, chance, True) if chance else (rows, None)
 
 
-def _masked(rows: Tensor, stays: Tensor | None, chance: float) -> Tensor:
-    return rows if stays is None else torch.ops.aten.native_dropout_backward(rows, stays, 1 / (1 - chance))
+def _shown(rows: Tensor, stays: Tensor | None) -> Tensor:
+    return rows if stays is None else rows * stays
 
 
 def tap(x: Tensor, y: Tensor, on_gradient: Callable[[Tensor, Tensor], None]) -> Tensor:
