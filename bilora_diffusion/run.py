@@ -421,8 +421,8 @@ def _resolved(config: TrainingConfig, parts: Parts, *, seed: int, steps: int, pr
         "resume_from_checkpoint": None,
     }
     changes |= parts.method.settings
-    if parts.radius is not None:
-        changes["rho_relative"] = None  # said by rho
+    if "rho" in changes:
+        changes["rho_relative"] = None  # said by rho, or, in a shared configuration, another method's
     return replace(config, **changes)
 
 

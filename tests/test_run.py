@@ -44,6 +44,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.finishing import peak_memory_bytes
 from bilora_diffusion.lora_files import upload
 from bilora_diffusion.lora_files.diffusers_format import save_diffusers
+from bilora_diffusion.method_names import FLAGS_OF_METHODS
 from bilora_diffusion.previews import Previews
 from bilora_diffusion.progress import Progress
 from bilora_diffusion.strict_json import strict_json
@@ -212,6 +213,15 @@ def test_the_configuration_gives_the_same_run_again(
     configs = [yaml.safe_load((one / "config.yaml").read_text()) for one in (folder, tmp_path / "again")]
     changed = {name for name in configs[0] if configs[0][name] != configs[1][name]}
     assert changed <= {"output_dir", "report_to"}
+
+
+@pytest.mark.parametrize("method", FLAGS_OF_METHODS["rho"])
+def test_one_configuration_serves_all_methods(method: str, pictures: Path, tmp_path: Path, quick: None) -> None:
+    """As configs/quickstart.yaml does: what another method reads is passed over."""
+    others = {"rho_relative": 0.003, "auxiliary_learning_rate": 1e-4, "sigma": 0.1, "looksam_every": 2}
+    train(pictures, tmp_path / "run", method=method, max_train_steps=1, **SMALL, **others)
+    again = main(["--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert again == 0
 
 
 def test_the_configuration_of_a_resumed_run_gives_the_whole_run(pictures: Path, tmp_path: Path, quick: None) -> None:

@@ -13,6 +13,7 @@ __all__ = ["elsewhere_section"]
 
 ELSEWHERE = {
     "3d-batch-1": "the same icons, a picture a step",
+    "3d-800-steps": "the same icons, twice as many steps",
     "high-contrast": "black silhouettes of the same 23 names",
     "openmoji": "outlines with flat colours, of the same 23 names",
 }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ALSO_MEASURED", "CONFIRMED", "Configuration", "candidates"]
+__all__ = ["ALSO_MEASURED", "CONFIRMED", "EDGES", "Configuration", "candidates"]
 
 RATES = (5e-4, 1e-3)
 RATES_OF_LORA = (2.5e-4, *RATES, 2e-3)
@@ -51,6 +51,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"lora_dropout": 0.3},
         {"lora_dropout": 0.5},
         {"lora_dropout": 0.7},
+        {"lora_dropout": 0.85},
     ],
     "bilora": [
         {"rho": 0.05},
@@ -64,6 +65,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 2.0, "sigma": 0.5, "sigma_schedule": "constant"},
         {"rho": 2.0, "lora_dropout": 0.5},
         {"rho": 2.0, "lora_dropout": 0.7},
+        {"rho": 2.0, "lora_dropout": 0.85},
     ],
     "bilora-fresh": [
         {"rho": 0.475734, "ascent_share": 1.0},
@@ -74,6 +76,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 1.0, "ascent_share": 1.0, "auxiliary_rank": FULL_RANK},
         {"rho": 1.0, "ascent_share": 0.5, "sigma": 0.5, "sigma_schedule": "constant"},
         {"rho": 1.0, "ascent_share": 0.5, "lora_dropout": 0.5},
+        {"rho": 1.0, "ascent_share": 0.5, "lora_dropout": 0.7},
         {"rho": 0.475734, "ascent_share": 1.0, "ascent_basis": "tracked"},
         {"rho": 0.475734, "ascent_share": 0.5, "ascent_basis": "tracked"},
         {"rho": 1.0, "ascent_share": 1.0, "ascent_basis": "tracked"},
@@ -84,6 +87,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"rho": 2.0},
         {"rho": 1.0, "sigma": 0.5, "sigma_schedule": "constant"},
         {"rho": 1.0, "lora_dropout": 0.5},
+        {"rho": 1.0, "lora_dropout": 0.7},
     ],
     "dual-lora": [{}],
     "flat-lora": [
@@ -106,7 +110,39 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
 
 
 _NOISE = {"sigma": 0.5, "sigma_schedule": "constant"}
+_AT_HALF_THE_RATE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("lora", {"lora_dropout": 0.7}),
+    ("bilora", {"rho": 2.0}),
+    ("bilora", {"rho": 2.0, "lora_dropout": 0.7}),
+    ("bilora-fresh", {"rho": 1.0, "ascent_share": 0.5}),
+    ("bilora-echo", {"rho": 1.0}),
+    ("dual-lora", {}),
+    ("flat-lora", _NOISE),
+    ("lora-sam", {"rho": 0.05}),
+    ("looksam", {"rho": 0.05}),
+    ("s2-sam", {"rho": 0.05}),
+    ("eflat-lora", {"rho": 0.01}),
+    ("obar", {"bar_strength": 2.0}),
+    ("nbar", {"bar_strength": 2.0}),
+)
+EDGES = (
+    *(Configuration(method, 2.5e-4, settings) for method, settings in _AT_HALF_THE_RATE),
+    Configuration("lora-sam", 5e-4, {"rho": 0.01}),
+    Configuration("lora-sam", 5e-4, {"rho": 0.05, "ascent_share": 0.5}),
+    Configuration("looksam", 5e-4, {"rho": 0.01}),
+    Configuration("looksam", 1e-3, {"rho": 0.01}),
+    Configuration("s2-sam", 5e-4, {"rho": 0.01}),
+    Configuration("eflat-lora", 5e-4, {"rho": 0.05, "eflat_beta": 0.5}),
+    Configuration("eflat-lora", 5e-4, {"rho": 0.05, "eflat_beta": 0.1}),
+    Configuration("bilora", 5e-4, {"rho": 0.05, "ascent": "sgd"}),
+    Configuration("bilora", 5e-4, {"rho": 2.0, "ascent": "sgd", "auxiliary_learning_rate": 100.0}),
+    Configuration("bilora-fresh", 5e-4, {"rho": 1.0, "ascent_share": 1.0, "ascent_every": 2}),
+    Configuration("bilora-fresh", 5e-4, {"rho": 1.0, "ascent_share": 1.0, "ascent_every": 4}),
+)
+"""Candidates at one rate: whether what is best above is the best because nothing further out was tried."""
+
 ALSO_MEASURED = (
+    Configuration("bilora", 5e-4, {"rho": 0.05, "ascent": "sgd"}),  # the paper's defaults
     Configuration("bilora", 5e-4, {"rho": 2.0}),
     Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
     Configuration("flat-lora", 5e-4, _NOISE),
@@ -114,7 +150,8 @@ ALSO_MEASURED = (
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
     Configuration("bilora", 5e-4, {"rho": 2.0, "lora_dropout": 0.5}),
 )
-"""Beside what is chosen: at LoRA's learning rate, Bi-LoRA's auxiliary with its usual start, little and much dropout."""
+"""Beside what is chosen: the paper's radius and ascent, and at LoRA's learning rate Bi-LoRA's auxiliary with its usual
+start, little and much dropout."""
 CONFIRMED = (
     *(Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")),
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
@@ -132,3 +169,4 @@ def candidates(methods: list[str] | None = None) -> Iterator[Configuration]:
         for settings in strengths:
             for rate in RATES_OF_LORA if method == "lora" and not settings else RATES:
                 yield Configuration(method, rate, settings)
+    yield from (one for one in EDGES if not methods or one.method in methods)

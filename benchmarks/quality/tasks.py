@@ -2,7 +2,7 @@
 
 The settings of all methods are chosen on the 3D icons. The other tasks tell whether what was seen there holds
 elsewhere: another style, of which the base knows as little; photographs of one subject, two or three to learn and two
-to hold out; and the 3D icons in batches of one.
+to hold out; the 3D icons in batches of one, and for more steps.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from bilora_diffusion.embedded.words import concept_caption, flat_caption
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.randomness import generator
 
-__all__ = ["STYLES", "Held", "Task", "batch_of_one", "solid_icons", "style", "subjects"]
+__all__ = ["STYLES", "Held", "Task", "batch_of_one", "more_steps", "solid_icons", "style", "subjects"]
 
 DRAWS = 2  # (timestep, noise) for each icon, the same for all
 DRAWS_OF_PHOTO = 64
@@ -85,6 +85,11 @@ def solid_icons() -> Task:
 def batch_of_one() -> Task:
     """The same, a picture a step."""
     return replace(solid_icons(), name="3d-batch-1", settings={"train_batch_size": 1})
+
+
+def more_steps() -> Task:
+    """The same for twice as long: further into overfitting."""
+    return replace(solid_icons(), name="3d-800-steps", evaluated_at=(100, 200, 300, 400, 500, 600, 700, 800))
 
 
 def style(name: str) -> Task:

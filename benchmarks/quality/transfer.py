@@ -6,13 +6,24 @@ from pathlib import Path
 from benchmarks.quality.files import Run, train_missing
 from benchmarks.quality.laboratory import Laboratory
 from benchmarks.quality.plan import Configuration
-from benchmarks.quality.tasks import STYLES, Task, batch_of_one, style, subjects
+from benchmarks.quality.tasks import STYLES, Task, batch_of_one, more_steps, style, subjects
 from benchmarks.quality.words import check_names
 
 __all__ = ["METHODS", "transfer"]
 
-METHODS = ("lora", "lora, 2 steps a draw", "bilora", "bilora-echo", "bilora-fresh", "flat-lora", "looksam", "nbar")
-"""Those that differ from LoRA on the 3D icons, and the control; obar and nbar cannot be told apart."""
+METHODS = (
+    "lora",
+    "lora, dropout",
+    "lora, 2 steps a draw",
+    "bilora",
+    "bilora, dropout",
+    "bilora-echo",
+    "bilora-fresh",
+    "flat-lora",
+    "looksam",
+    "nbar",
+)
+"""Those that differ from LoRA on the 3D icons, and the controls; obar and nbar cannot be told apart."""
 SEED_OF_SUBJECTS = 1
 """Subjects are repeats of each other, as seeds are of a style."""
 
@@ -44,7 +55,7 @@ def transfer(
     Raises:
         UserError: a task is not known, or its pictures cannot be had.
     """
-    makers: dict[str, Callable[[], Task]] = {"3d-batch-1": batch_of_one}
+    makers: dict[str, Callable[[], Task]] = {"3d-batch-1": batch_of_one, "3d-800-steps": more_steps}
     makers |= {name: lambda name=name: style(name) for name in STYLES}
     runs = [(name, seed, method) for name in makers for seed in seeds for method in methods]
     if subjects_dir is not None:
