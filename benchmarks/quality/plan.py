@@ -156,6 +156,7 @@ CONFIRMED = (
     *(Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")),
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
     Configuration("bilora", 5e-4, {"lora_dropout": 0.5}),
+    Configuration("bilora-echo", 5e-4, {"lora_dropout": 0.5}),
 )
 """Methods that differed from LoRA, with the strengths that the trainer has by default, at LoRA's learning rate, and
 dropout: what README recommends. Each was named before it was run on the seeds that measure it."""
