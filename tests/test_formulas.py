@@ -9,9 +9,12 @@ from stack import Stack, StackBatch
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, add_adapter, low_rank_layers, parameters_of
+from bilora_diffusion.methods.ascent import OptimizerAscent
 from bilora_diffusion.methods.balancedness import Balancedness
+from bilora_diffusion.methods.bilora import BiLoRA
 from bilora_diffusion.methods.bilora_echo import BiLoRAEcho
 from bilora_diffusion.methods.bilora_fresh import BiLoRAFresh, orthonormal_rows
+from bilora_diffusion.methods.combined import Combined
 from bilora_diffusion.methods.dual_lora import DualLoRA
 from bilora_diffusion.methods.eflat_lora import EFlatLoRA
 from bilora_diffusion.methods.flat_lora import FlatLoRA
@@ -195,20 +198,72 @@ def test_flat_lora(schedule):
     """The noise is read here again from a table of the same seed, and added to dense weights."""
     experiment, sigma = Experiment(), 0.4
     theta = experiment.start
-    largest = max(W.numel() for W in experiment.merged(theta))
-    table = torch.randn(8 * 2**19 + largest, generator=generator(SEED, "noise table")).double()
     for step in range(STEPS):
         k = step / STEPS
         f = {"constant": 1.0, "linear": k, "cosine": 0.5 * (1 - math.cos(math.pi * k))}[schedule]
-        noisy = []
-        for number, W in enumerate(experiment.merged(theta)):
-            begin = 8 * (stream_seed(SEED, "weight noise", f"unet.layers.{number}", step) % 2**19)
-            std = f * sigma / math.sqrt(W.shape[1]) * W.norm(dim=1, keepdim=True)
-            noisy.append(W + table[begin : begin + W.numel()].view(W.shape) * std)
+        W = experiment.merged(theta)
+        noisy = [w + n for w, n in zip(W, row_noise(W, f * sigma, step), strict=True)]
         theta = descend(theta, chain(experiment.gradients(step)(noisy, WHOLE), theta))
     noise = WeightNoise(experiment.models, SEED)
     experiment.train(FlatLoRA(noise, sigma, schedule, STEPS))
     experiment.same(theta, 1e-6)  # the rows' norms are taken in float32
+    assert experiment.differs(lora(experiment))
+
+
+def row_noise(weights: Sequence[Tensor], sigma: float, step: int) -> list[Tensor]:
+    """Flat-LoRA's: each row as long as sigma of the weight's own, in the mean."""
+    largest = max(W.numel() for W in weights)
+    table = torch.randn(8 * 2**19 + largest, generator=generator(SEED, "noise table")).double()
+    noise = []
+    for number, W in enumerate(weights):
+        begin = 8 * (stream_seed(SEED, "weight noise", f"unet.layers.{number}", step) % 2**19)
+        std = sigma / math.sqrt(W.shape[1]) * W.norm(dim=1, keepdim=True)
+        noise.append(table[begin : begin + W.numel()].view(W.shape) * std)
+    return noise
+
+
+def test_bilora_fresh_with_noise_on_top():
+    """The noise is on in both passes: the ascent's gradient is taken under it, too."""
+    experiment, rho, sigma = Experiment(), 0.4, 0.4
+    experiment.add(AUXILIARY, AUXILIARY_RANK)
+    theta = experiment.start
+    for step in range(STEPS):
+        W = experiment.merged(theta)
+        noisy = [w + n for w, n in zip(W, row_noise(W, sigma, step), strict=True)]
+        cut = [strongest(G) for G in experiment.gradients(step)(noisy, WHOLE)]
+        size = math.sqrt(sum(G.square().sum().item() for G in cut))
+        moved = [w + rho / size * G for w, G in zip(noisy, cut, strict=True)]
+        theta = descend(theta, chain(experiment.gradients(step)(moved, WHOLE), theta))
+    layers = low_rank_layers(experiment.models, AUXILIARY)
+    sketch = GradientSketch(experiment.models, AUXILIARY_RANK, SEED)
+    fresh = BiLoRAFresh(layers, experiment.primary, rho, 1.0, 1, sketch)
+    noise = FlatLoRA(WeightNoise(experiment.models, SEED), sigma, "constant", STEPS)
+    experiment.train(Combined(fresh, noise))
+    experiment.same(theta, 1e-6)  # the rows' norms are taken in float32
+    assert experiment.differs(lora(experiment))
+
+
+def test_bilora_with_noise_on_top():
+    """The second adapter moves by the gradient at the sum of both, and stands in the next step."""
+    experiment, rho, rate, sigma = Experiment(), 0.4, 0.3, 0.4
+    experiment.add(AUXILIARY, AUXILIARY_RANK)
+    layers = low_rank_layers(experiment.models, AUXILIARY)
+    theta, second = experiment.start, [[layer.A.detach().clone(), layer.B.detach().clone()] for layer in layers]
+    for step in range(STEPS):
+        W = experiment.merged(theta)
+        noise = row_noise(W, sigma, step)
+        both = [w + n + SCALE * B @ A for w, n, (A, B) in zip(W, noise, second, strict=True)]
+        dense = experiment.gradients(step)(both, WHOLE)
+        g, h = chain(dense, theta), chain(dense, second)
+        theta, second = descend(theta, g), moved(second, h, rate)
+        c = math.sqrt(sum((SCALE * B @ A).square().sum().item() for A, B in second))
+        second = [[math.sqrt(min(1, rho / c)) * f for f in layer] for layer in second]
+    ascent = OptimizerAscent(
+        torch.optim.SGD([f for layer in layers for f in (layer.A, layer.B)], lr=rate, maximize=True)
+    )
+    on_top = FlatLoRA(WeightNoise(experiment.models, SEED), sigma, "constant", STEPS)
+    experiment.train(Combined(BiLoRA(layers, rho, ascent), on_top))
+    experiment.same(theta, 1e-6)
     assert experiment.differs(lora(experiment))
 
 

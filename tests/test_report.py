@@ -289,6 +289,22 @@ def test_a_stopped_report_goes_on(pictures: Path, tmp_path: Path) -> None:
         run_all(changed, never)
 
 
+@pytest.mark.parametrize(
+    ("flags", "every"),
+    [
+        ({"checkpointing_steps": 500}, 100),
+        ({"max_train_steps": 3, "checkpointing_steps": 500}, 1),
+        ({"checkpointing_steps": 200}, 200),
+        ({"checkpointing_steps": 500, "checkpoints_total_limit": 1}, 500),
+    ],
+)
+def test_where_no_checkpoint_is_asked_for_there_are_some_for_the_curves(
+    pictures: Path, tmp_path: Path, flags: dict[str, int], every: int
+) -> None:
+    (training,) = plan(words(pictures, **{"max_train_steps": 500, **flags}), ["lora"], [5], tmp_path, None)
+    assert training.config.checkpointing_steps == every
+
+
 @forking
 def test_ctrl_c_ends_the_run_at_hand_with_everything_saved(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_samples import ALL_PARTS, KOHYA_FILE, write_lora
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bilora_diffusion.bases import Base
@@ -147,6 +148,36 @@ def test_both_spaces_are_around_the_same_model(run: Path):
 def test_a_kohya_file_is_the_same_model(run: Path):
     losses = [scene(run / f"pytorch_lora_weights{end}.safetensors").lora().loss() for end in ("", "_kohya")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+OTHERS = {
+    "DoRA": {"use_dora": True},
+    "convolutions": {"targets": ("to_q", "conv1", "conv2")},
+    "another alpha, text encoders": {"parts": ALL_PARTS, "rank": 3, "alpha": 1.5},
+}
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, "an alpha for each layer"])
+def test_whoever_trained_it(kind: str, tmp_path: Path):
+    """The spaces of factors and of merged weights agree on where the file stands, away from the bare base."""
+    base = Base("embedded")
+    file = write_lora(tmp_path, base.load(*ALL_PARTS), **OTHERS.get(kind, {}))
+    if kind not in OTHERS:
+        file = tmp_path / KOHYA_FILE
+        tensors = load_file(file)
+        for number, name in enumerate(sorted(name for name in tensors if name.endswith(".alpha"))):
+            tensors[name] = torch.tensor(1.0 + number % 5)
+        save_file(tensors, file)
+    nothing = {name: torch.zeros_like(one) for name, one in load_file(file).items() if "magnitude" not in name}
+    nothing |= {name: one for name, one in load_file(file).items() if name not in nothing or name.endswith("alpha")}
+    save_file(nothing, tmp_path / "nothing.safetensors")
+    one, bare = scene(file), scene(tmp_path / "nothing.safetensors")
+    lora = one.lora()
+    loss, slope = lora.loss(), norm(lora.gradient())
+    assert abs(loss - bare.lora().loss()) > 1e-4 * loss
+    full = one.full()  # merges
+    assert full.loss() == pytest.approx(loss, rel=1e-5)
+    assert min(slope, norm(full.gradient())) > 0
 
 
 def test_the_command_measures_and_draws(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -16,6 +16,10 @@ from bilora_diffusion.paired import MOST_PAIRS
 __all__ = ["Training", "check_methods", "check_seeds", "plan", "title", "without_token"]
 
 
+POINTS = 5
+"""Of a curve over the steps, where the flags ask for none."""
+
+
 @dataclass(frozen=True)
 class Training:
     """One run of the trainer.
@@ -101,6 +105,9 @@ def plan(
         fixed.append("--no-overwrite_output_dir")
     if config.push_to_hub:
         fixed.append("--no-push_to_hub")
+    steps = config.max_train_steps
+    if steps is not None and steps <= config.checkpointing_steps and config.checkpoints_total_limit is None:
+        fixed += ["--checkpointing_steps", str(max(1, steps // POINTS))]  # else there is one, at the end
     trainings = []
     for seed in seeds:
         for method in methods:
