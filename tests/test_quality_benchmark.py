@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import curves, files, laboratory, measures, rises, stacking, tasks
 from benchmarks.quality.costs import step_bytes, time_cost
+from benchmarks.quality.elsewhere import ELSEWHERE
 from benchmarks.quality.finished import PICTURE_MEASURES
 from benchmarks.quality.flatness import POWER_STEPS
 from benchmarks.quality.measured import measured_rows
@@ -299,6 +300,7 @@ def test_the_gradient_rises_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for one in (Configuration("lora", 1e-3), Configuration("bilora-fresh", 1e-3, {"rho": 0.2})):
         found = rises.rises(laboratory_, one, 0)
         (tmp_path / f"{one.slug}.json").write_text(json.dumps(found))
+        assert found["config"]["learning_rate"] == 1e-3 and found["versions"]["torch"]
         seen = found["seen"][2]
         assert ("own" in seen) == (one.method != "lora")
         assert seen["gradient"][0] > seen["gradient_rank_4"][0] > seen["gradient_rank_1"][0] > abs(seen["random"][0])
@@ -335,6 +337,8 @@ def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: lab
     assert 0 < flatness["full"]["gradient"]["share"] < flatness["lora"]["gradient"]["share"] == pytest.approx(1)
     assert one["rounded_to_8_bits"] == pytest.approx(one["evaluations"][2]["test"], rel=0.1)
     assert one["rounded_to_8_bits"] != one["evaluations"][2]["test"]
+    assert other["config"]["sigma"] == 0.3 and other["config"]["lora_alpha"] == 8 and other["versions"]["torch"]
+    assert str(Path.cwd()) not in json.dumps([one, other]) and other["wall_seconds"] > other["seconds"]
     again = laboratory_.train(Configuration("lora", 1e-3), 1)
     assert again["training_losses"] == one["training_losses"] and again["evaluations"][2] == one["evaluations"][2]
 
@@ -386,6 +390,12 @@ def test_drawings_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pack(tmp_path / "all.tgz", members)
     with pytest.raises(UserError, match="some 1 has no cloud"):
         icons.drawings_of(("some", "1"), ["cloud"], tmp_path)
+
+
+def test_every_other_task_has_a_title():
+    longer = tasks.more_steps()
+    assert {longer.name, tasks.batch_of_one().name, *tasks.STYLES} == set(ELSEWHERE)
+    assert longer.steps == 2 * tasks.solid_icons().steps and longer.evaluated_at == tuple(sorted(longer.evaluated_at))
 
 
 def test_what_was_chosen_is_trained_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -9,7 +9,7 @@ from benchmarks.quality.differences import Row, cell, left_out, paired_rows, tes
 from benchmarks.quality.plan import Configuration
 from benchmarks.quality.results import at_best, last, runs
 
-__all__ = ["elsewhere_section"]
+__all__ = ["ELSEWHERE", "elsewhere_section"]
 
 ELSEWHERE = {
     "3d-batch-1": "the same icons, a picture a step",

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ __all__ = ["BATCH", "Laboratory", "training_config"]
 STREAMS = {"validation": 0, "test": 1, "training": 2, "flat": 3}
 RANK, ALPHA, BATCH = 4, 8.0, 4
 SHARPNESS_DRAWS = 46  # of the training pictures'
+OF_THIS_MACHINE = ("instance_data_dir", "output_dir")
 
 
 def training_config(configuration: Configuration, task: Task, **flags: Any) -> TrainingConfig:
@@ -102,6 +103,17 @@ class Laboratory:
         found, _ = read_pictures(config)
         return assemble(config, machine, found, seed=seed, steps_of=lambda _: self.task.steps)
 
+    def circumstances(self, configuration: Configuration, seed: int) -> dict[str, Any]:
+        """What a result is read with: every flag that is not the trainer's default, device and versions."""
+        config = training_config(configuration, self.task, seed=seed, max_train_steps=self.task.steps)
+        flags = {one.name: getattr(config, one.name) for one in fields(config) if one.name not in OF_THIS_MACHINE}
+        default = {one.name: one.default for one in fields(config)}
+        return {
+            "config": {name: value for name, value in flags.items() if value != default[name]},
+            "device": str(self.device),
+            "versions": package_versions(),
+        }
+
     def drawn(self, parts, step: int) -> list[TrainingMicroBatch]:
         """What a training sees at a step."""
         batch = self.task.settings.get("train_batch_size", BATCH)
@@ -136,10 +148,13 @@ class Laboratory:
 
         def run(number: int, member: Member | None = None) -> dict[str, Any]:
             parts, (configuration, seed) = assembled[number], runs[number]
+            began = time.perf_counter()
             result = self._trained(parts, configuration, seed, all_losses, member)
             if finished:
                 with self._one_at_a_time:  # they share the pipeline that draws
                     result |= self._finished(parts, seed)
+            if member is None:
+                result["wall_seconds"] = time.perf_counter() - began
             done(number, result)
             return result
 
@@ -176,8 +191,7 @@ class Laboratory:
             "loss_gaps": gaps,
             "training_losses": losses,
             "seconds": seconds if member is None else None,  # its own cannot be told from the others'
-            "device": str(self.device),
-            "versions": package_versions(),
+            **self.circumstances(configuration, seed),
             "singular_share": parts.radius.singular_share if parts.radius else None,
         }
 

@@ -63,14 +63,15 @@ def rises(laboratory: Laboratory, configuration: Configuration, seed: int) -> di
     """One training, stopped at some steps to look around.
 
     Returns:
-        `own`: for each step seen the rise of the loss by the method's own perturbation scaled to each of `SHARES`;
-        beside it the same for directions that any method could have: `gradient` (the maximiser to first order of this
-        batch in the space of the merged weights), `gradient_rank_r` (each layer's part cut to its top r singular
+        `Laboratory.circumstances`, and `own`: for each step seen the rise of the loss by the method's own perturbation
+        scaled to each of `SHARES`; beside it the same for directions that any method could have: `gradient` (the
+        maximiser to first order of this batch in the space of the merged weights), `gradient_rank_r` (each layer's part cut to its top r singular
         directions), those of `CHEAPER`, `previous` (the gradient of the batch before) and `random` (normal numbers,
         each row with the norm of the weight's row).
     """
     parts = laboratory.assembled(configuration, seed)
     found: dict[str, Any] = {"configuration": str(configuration), "seed": seed, "shares": list(SHARES), "seen": {}}
+    found |= laboratory.circumstances(configuration, seed)
     previous: list[Tensor] = []
     repeats = parts.dataset.steps_per_draw
     seen_at = [step + (-step - 1) % repeats for step in SEEN_AT]  # the last step on its rows
