@@ -65,9 +65,9 @@ def rises(laboratory: Laboratory, configuration: Configuration, seed: int) -> di
     Returns:
         `Laboratory.circumstances`, and `own`: for each step seen the rise of the loss by the method's own perturbation
         scaled to each of `SHARES`; beside it the same for directions that any method could have: `gradient` (the
-        maximiser to first order of this batch in the space of the merged weights), `gradient_rank_r` (each layer's part cut to its top r singular
-        directions), those of `CHEAPER`, `previous` (the gradient of the batch before) and `random` (normal numbers,
-        each row with the norm of the weight's row).
+        maximiser to first order of this batch in the space of the merged weights), `gradient_rank_r` (each layer's
+        part cut to its top r singular directions), those of `CHEAPER`, `previous` (the gradient of the batch before)
+        and `random` (normal numbers, each row with the norm of the weight's row).
     """
     parts = laboratory.assembled(configuration, seed)
     found: dict[str, Any] = {"configuration": str(configuration), "seed": seed, "shares": list(SHARES), "seen": {}}
