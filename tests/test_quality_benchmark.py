@@ -154,6 +154,11 @@ def test_computed_times_are_those_of_the_passes():
     assert cost("lora", lora_dropout=0.1) is None  # not measured
     ratios["lora, dropout"] = 1.03
     assert cost("lora", lora_dropout=0.1) == pytest.approx(1.03) and cost("bilora", lora_dropout=0.1) is None
+    ratios["bilora, dropout"] = ratios["bilora"] + 0.1
+    assert cost("bilora", lora_dropout=0.1) == pytest.approx(ratios["bilora, dropout"])
+    assert cost("bilora-fresh", lora_dropout=0.1) == pytest.approx(1.5 + 0.1 * 1.5)
+    assert cost("bilora-fresh", ascent_share=1.0, ascent_every=4) == pytest.approx(1.25)
+    assert cost("lora", ema_decay=0.98) is None
 
 
 def test_the_defaults_have_a_section_to_themselves(tmp_path: Path):

@@ -27,18 +27,31 @@ def time_ratios(speed: Path) -> dict[str, float]:
 def time_cost(configuration: Configuration, ratios: Mapping[str, float], batch: int = BATCH) -> float | None:
     """That of a configuration, from what was measured with a whole second pass, and with looksam's at each fifth step.
 
-    Of a second pass on some rows so much of what the whole one adds; on top of it the noise's, in both passes. Of the
-    full space it is the least: the wider sketch comes on top. None where it was not measured.
+    Of a second pass on some rows, or at some steps, so much of what the whole one adds; on top of it the noise's or
+    dropout's, in both passes. Of the full space it is the least: the wider sketch comes on top. None where it was not
+    measured.
     """
-    settings = configuration.settings
-    method = None if REGULARISERS.keys() & settings else configuration.method
-    ratio = ratios.get(kind_of(configuration), ratios.get(method))
-    if ratio is None:
+    settings, method, kind = configuration.settings, configuration.method, kind_of(configuration)
+    ratio = ratios.get(kind, ratios.get(method))
+    on_top = 0.0 if kind in ratios else _on_top(configuration, ratios)
+    if ratio is None or on_top is None:
         return None
-    fresh = configuration.method == "bilora-fresh"
+    fresh = method == "bilora-fresh"
     rows = math.ceil(settings.get("ascent_share", FRESH_ROWS if fresh else 1.0) * batch) / batch
-    noise = ratios["flat-lora"] - 1 if kind_of(configuration).endswith(NOISE) else 0.0
-    return 1 + rows * 5 / settings.get("looksam_every", 5) * (ratio - 1) + noise * (1 + rows if fresh else 1)
+    share = rows * 5 / settings.get("looksam_every", 5) / settings.get("ascent_every", 1)
+    return 1 + share * (ratio - 1) + on_top * (1 + share if fresh else 1)
+
+
+def _on_top(configuration: Configuration, ratios: Mapping[str, float]) -> float | None:
+    """What noise or a regulariser adds to a pass, from a row with it and the same without; None if there is none."""
+    pair = ("flat-lora", "lora") if kind_of(configuration).endswith(NOISE) else None
+    if "lora_dropout" in configuration.settings:
+        pair = ("bilora, dropout", "bilora")
+    elif REGULARISERS.keys() & configuration.settings:
+        return None
+    if pair is None:
+        return 0.0
+    return ratios[pair[0]] - ratios[pair[1]] if ratios.keys() >= set(pair) else None
 
 
 def step_bytes(configuration: Configuration) -> int:
