@@ -34,12 +34,15 @@ class Row:
         return [(measure(run), measure(plain)) for run, plain in self.runs]
 
 
-def paired_rows(found: Mapping[tuple[str, Any], dict[str, Any]], best: Mapping[str, Configuration]) -> list[Row]:
+def paired_rows(
+    found: Mapping[tuple[str, Any], dict[str, Any]], best: Mapping[str, Configuration], *, telling: bool = True
+) -> list[Row]:
     """Of each configuration that has pairs, LoRA's first; none without LoRA's runs.
 
     Arguments:
         found: runs by their key and their seed or subject.
         best: what was chosen. If LoRA's has no run here, the others are compared to another one of LoRA's.
+        telling: in a row's title, that another one of its method's was chosen.
     """
     loras = sorted({run["key"] for run in found.values() if kind(run) == "lora"})
     if not loras:
@@ -52,7 +55,8 @@ def paired_rows(found: Mapping[tuple[str, Any], dict[str, Any]], best: Mapping[s
         pairs = [(run, plain) for run, plain in pairs if device_of(run) == device_of(plain)]
         if pairs:
             fewer = f" ({len(pairs)} of {len(clusters)} runs)" if len(pairs) < len(clusters) else ""
-            rows.append(Row(_title(configuration_of(pairs[0][0]), best) + fewer, key == baseline, pairs))
+            title = _title(configuration_of(pairs[0][0]), best) if telling else key
+            rows.append(Row(title + fewer, key == baseline, pairs))
     return rows
 
 
@@ -77,7 +81,7 @@ def test_cells(row: Row, cost: float | None) -> list[str]:
     steps = max(map(int, row.runs[0][0]["evaluations"]))
     values = [
         lambda run: at_best(run, "test"),
-        lambda run: at_best(run, "test", steps if run["method"] == "lora" or cost is None else steps / cost),
+        lambda run: at_best(run, "test", steps if kind(run) == "lora" or cost is None else steps / cost),
         lambda run: last(run)["test"],
     ]
     cells = [cell(row.values(value), 4, row.is_lora) for value in values]

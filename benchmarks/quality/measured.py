@@ -13,9 +13,11 @@ from benchmarks.quality.results import at_best, last
 __all__ = ["losses_table", "measured_rows", "measured_section"]
 
 
-def measured_rows(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration]) -> list[Row]:
+def measured_rows(
+    some: Sequence[dict[str, Any]], best: Mapping[str, Configuration], *, telling: bool = True
+) -> list[Row]:
     """Of each configuration, LoRA's first; see `paired_rows`."""
-    return paired_rows({(run["key"], run["seed"]): run for run in some}, best)
+    return paired_rows({(run["key"], run["seed"]): run for run in some}, best, telling=telling)
 
 
 def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], curves: str | None = None) -> list[str]:

@@ -143,23 +143,31 @@ EDGES = (
 
 ALSO_MEASURED = (
     Configuration("bilora", 5e-4, {"rho": 0.05, "ascent": "sgd"}),  # the paper's defaults
-    Configuration("bilora", 5e-4, {"rho": 2.0}),
+    Configuration("bilora", 5e-4, {"rho": 2.0}),  # with its usual start
     Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
     Configuration("flat-lora", 5e-4, _NOISE),
+    Configuration("lora", 2.5e-4),  # what half the learning rate does to overfitting
     Configuration("lora", 5e-4, {"lora_dropout": 0.1}),
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
     Configuration("bilora", 5e-4, {"rho": 2.0, "lora_dropout": 0.5}),
+    Configuration("bilora", 5e-4, {"rho": 2.0, "lora_dropout": 0.7}),
+    Configuration("bilora-echo", 5e-4, {"rho": 1.0, "lora_dropout": 0.5}),
+    Configuration("bilora-fresh", 5e-4, {"rho": 1.0, "ascent_share": 0.5, "lora_dropout": 0.5}),
+    Configuration("lora", 5e-4, {"steps_per_draw": 2}),
+    Configuration("lora-sam", 5e-4, {"rho": 0.05}),
+    Configuration("looksam", 1e-3, {"rho": 0.05}),
 )
-"""Beside what is chosen: the paper's radius and ascent, and at LoRA's learning rate Bi-LoRA's auxiliary with its usual
-start, little and much dropout."""
+"""Beside what is chosen: the paper's radius and ascent, others at LoRA's learning rate, and what was the choice before
+`EDGES` were tried."""
 CONFIRMED = (
     *(Configuration(method, 5e-4) for method in ("lora", "bilora", "bilora-echo", "bilora-fresh", "nbar", "flat-lora")),
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
     Configuration("bilora", 5e-4, {"lora_dropout": 0.5}),
     Configuration("bilora-echo", 5e-4, {"lora_dropout": 0.5}),
+    Configuration("lora", 2.5e-4),
 )
-"""Methods that differed from LoRA, with the strengths that the trainer has by default, at LoRA's learning rate, and
-dropout: what README recommends. Each was named before it was run on the seeds that measure it."""
+"""LoRA, then the methods that differed from it, with the strengths that the trainer has by default, at LoRA's learning
+rate; dropout; and half that rate. Each was named before it was run on the seeds that measure it."""
 
 
 def candidates(methods: list[str] | None = None) -> Iterator[Configuration]:
