@@ -428,7 +428,7 @@ def test_what_was_chosen_is_trained_elsewhere(tmp_path: Path, monkeypatch: pytes
     (row,) = (line for line in text.splitlines() if line.startswith("| nbar, lr") and " +- " in line)
     assert row.split(" | ")[3].startswith(f"{mean:+.0f} +- ")
     assert command.main([*words, "--methods", "looksam"]) == 2
-    assert "transfer trains no 'looksam': there are lora, nbar" in capsys.readouterr().err
+    assert "transfer trains no 'looksam': there are lora; nbar" in capsys.readouterr().err
     assert command.main([*words, "--tasks", "brid"]) == 2
     assert "did you mean bird?" in capsys.readouterr().err
 
@@ -521,9 +521,9 @@ def test_what_is_done_is_written_though_another_run_fails(
         ("measure --part 3/2", "--part is '3/2': give i/n"),
         ("rises --part 0/2", "--part is '0/2': give i/n"),
         ("choose --methods lroa", "choose trains no 'lroa': did you mean lora?"),
-        ("confirm --methods looksam", "confirm trains no 'looksam': there are lora, bilora"),
+        ("confirm --methods looksam", "confirm trains no 'looksam': there are lora; bilora; "),
         ("measure --methods lora nbra", "measure trains no 'nbra': did you mean nbar?"),
-        ("transfer --methods xyz", "transfer trains no 'xyz': there are lora, nbar"),
+        ("transfer --methods xyz", "transfer trains no 'xyz': there are lora; nbar"),
         ("transfer --tasks openmojis", "there is no 'openmojis': did you mean openmoji?"),
         ("rises --methods LoRAs", "rises trains no 'LoRAs': did you mean lora?"),
         ("measure --stack 0", "--stack is 0: give 1 or more"),

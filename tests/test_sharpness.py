@@ -242,5 +242,8 @@ def test_mistakes_get_one_line(words: list[str], told: str, capsys: pytest.Captu
 
 def test_another_file_is_refused(tmp_path: Path):
     save_file({"something": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"not a LoRA for this base|no LoRA layer"):
+    (tmp_path / "damaged.safetensors").write_bytes(b"0" * 300)
+    with pytest.raises(UserError, match=r"damaged.safetensors.* is not a LoRA for SDXL"):
+        scene(tmp_path / "damaged.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors.* holds no layer under a name"):
         scene(tmp_path / "other.safetensors")

@@ -42,5 +42,5 @@ def check_names(flag: str, words: Iterable[str], names: Sequence[str], what: str
     for word in words:
         if word not in names:
             guess = nearest(word, names)
-            hint = f"did you mean {guess}?" if guess else f"there are {', '.join(names)}"
+            hint = f"did you mean {guess}?" if guess else f"there are {'; '.join(names)}"
             raise UserError(f"{flag}: {what} {show(word)}: {hint}")

@@ -10,13 +10,13 @@ from torch import nn
 
 from bilora_diffusion.adapters import adapted_layers
 from bilora_diffusion.bases import Base
-from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.batches import Batch, BatchMaker, TrainingMicroBatch
 from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
 from bilora_diffusion.data.latents import CachedLatents
 from bilora_diffusion.data.pictures import Picture, find_pictures
 from bilora_diffusion.diffusion import Objective, build_objective
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.generation.loras import load_adapter
 from bilora_diffusion.prompts import TokenizedPrompts
 from bilora_diffusion.sharpness.landscape import Landscape
 
@@ -156,13 +156,6 @@ def _put_on(pipeline, lora: Path) -> tuple[int, int]:
         raise UserError(f"{lora}: only .safetensors files are read, never pickles")
     if not lora.is_file():
         raise UserError(f"{lora}: no such file")
-    try:
-        with quiet_libraries():
-            pipeline.load_lora_weights(str(lora), adapter_name=ADAPTER)
-    except Exception as error:  # the loader raises many kinds, all of which say that the file does not fit
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{lora}: not a LoRA for this base ({reason})") from None
+    load_adapter(pipeline, lora, ADAPTER, str(lora))
     layers = [layer for part in PARTS for _, layer in adapted_layers(getattr(pipeline, part))]
-    if not layers:
-        raise UserError(f"{lora}: the file holds no LoRA layer of this base")
     return max(layer.lora_A[ADAPTER].weight.shape[0] for layer in layers), len(layers)
