@@ -146,7 +146,11 @@ ALSO_MEASURED = (
     Configuration("bilora", 5e-4, {"rho": 2.0}),  # with its usual start
     Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
     Configuration("flat-lora", 5e-4, _NOISE),
-    Configuration("lora", 2.5e-4),  # what half the learning rate does to overfitting
+    Configuration("lora", 2.5e-4),  # what half the learning rate does to overfitting, and what is left to win then
+    Configuration("bilora", 2.5e-4, {"rho": 2.0}),
+    Configuration("bilora-echo", 2.5e-4, {"rho": 1.0}),
+    Configuration("bilora-fresh", 2.5e-4, {"rho": 1.0, "ascent_share": 0.5}),
+    Configuration("flat-lora", 2.5e-4, _NOISE),
     Configuration("lora", 5e-4, {"lora_dropout": 0.1}),
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
     Configuration("bilora", 5e-4, {"rho": 2.0, "lora_dropout": 0.5}),
