@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import curves, files, laboratory, measures, rises, stacking, tasks
+from benchmarks.quality.budget import budget_section
 from benchmarks.quality.costs import step_bytes, time_cost
 from benchmarks.quality.elsewhere import ELSEWHERE
 from benchmarks.quality.finished import PICTURE_MEASURES
@@ -289,6 +290,15 @@ def test_a_report_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert (
         sum(line.startswith("| obar, lr 0.001 (no choice: seed 0 was not run) (1 of 2 runs) |") for line in lines) == 4
     )
+
+
+def test_what_was_not_timed_is_taken_for_the_median():
+    timed, not_timed = {"wall_seconds": 3600.0}, {}
+    stages = {"choose": [not_timed], "measure": [timed, timed, not_timed], "confirm": []}
+    lines = budget_section(stages)
+    assert lines[-2:] == ["| `choose` | 1 | 0 |  |  |", "| `measure` | 3 | 2 | 60.0 | 3.0 |"]
+    assert any(line.endswith("On two cores the hours below are 1.5.") for line in lines)
+    assert budget_section({"choose": [not_timed]}) == []
 
 
 def test_under_equal_time_a_slower_method_has_fewer_steps():

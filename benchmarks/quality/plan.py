@@ -160,6 +160,8 @@ ALSO_MEASURED = (
     Configuration("lora", 5e-4, {"steps_per_draw": 2}),
     Configuration("lora-sam", 5e-4, {"rho": 0.05}),
     Configuration("looksam", 1e-3, {"rho": 0.05}),
+    Configuration("s2-sam", 5e-4, {"rho": 0.05}),
+    Configuration("eflat-lora", 5e-4, {"rho": 0.01}),
 )
 """Beside what is chosen: the paper's radius and ascent, others at LoRA's learning rate, and what was the choice before
 `EDGES` were tried."""

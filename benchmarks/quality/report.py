@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.budget import budget_section
 from benchmarks.quality.confirmation import confirmation_section
 from benchmarks.quality.costs import time_ratios
 from benchmarks.quality.differences import left_out
@@ -53,15 +54,21 @@ def report(
         lines += left_out(measured, rows)
     if transfer is not None and transfer.is_dir():
         lines += elsewhere_section(transfer, best, ratios)
-    looked = runs(rises) if rises is not None and rises.is_dir() else []
+    looked = _all_below(rises)
     if looked:
         lines += _rises(looked)
-    lines += _candidates([run for run in everything if run["seed"] == CHOOSING_SEED], best)
+    candidates = [run for run in everything if run["seed"] == CHOOSING_SEED]
+    lines += _candidates(candidates, best)
+    stages = {"choose": candidates, "measure": measured, "confirm": _all_below(confirmation)}
+    stages |= {"transfer": _all_below(transfer)}
     if stacking is not None and stacking.is_file():
-        others = [path for one in (confirmation, transfer) if one is not None for path in one.rglob("*.json")]
-        above = everything + [json.loads(path.read_text()) for path in others]
-        lines += _stacking(json.loads(stacking.read_text()), above)
+        lines += _stacking(json.loads(stacking.read_text()), [run for some in stages.values() for run in some])
+    lines += budget_section(stages | {"rises": looked})
     return "\n".join(lines) + "\n"
+
+
+def _all_below(folder: Path | None) -> list[dict[str, Any]]:
+    return [] if folder is None else [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
 
 
 def _stacking(found: Mapping[str, Any], above: Sequence[Mapping[str, Any]]) -> list[str]:
