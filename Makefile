@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 test: setup  ## all tests that a CPU can run in minutes
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(ARGS)
 
-test-slow: setup  ## full-size SDXL with random weights, rarer combinations with --compile: 10 GB of memory, some minutes
+test-slow: setup  ## full-size SDXL with random weights, rarer combinations: 10 GB of memory, some minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: setup

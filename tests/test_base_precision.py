@@ -26,6 +26,10 @@ ERRORS = {"fp32": 0.0, "bf16": 0.003, "fp16": 0.0004, "int8": 0.01, "fp8": 0.03,
 """Relative Frobenius error of a normal weight, a little above what is known of the formats."""
 BITS = {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.2, "fp8": 8.2, "nf4": 4.2}
 ALL = (*FLOATS, *QUANTISED)
+USUAL = {("bilora", "nf4"), ("bilora", "int8"), ("bilora", "fp8")} | {
+    (method, "nf4") for method in ("flat-lora", "bilora-fresh", "rwp-full", "lora")
+}
+"""The others are run by `make test-slow`."""
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +132,14 @@ def test_no_restored_weight_is_kept_for_the_backward_pass(build: Callable, preci
     assert len(kept) > 500 and sum(shape in shapes for shape in kept) < 20
 
 
-@pytest.mark.parametrize("precision", ALL)
-@pytest.mark.parametrize("method", ["bilora", "flat-lora"])
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        pytest.param(method, precision, marks=[pytest.mark.slow] * ((method, precision) not in USUAL))
+        for method in ("bilora", "flat-lora")
+        for precision in ALL
+    ],
+)
 def test_the_fused_layers_take_pefts_steps(build: Callable, precision: str, method: str):
     runs = [build(method, base_precision=precision, seed=4) for _ in range(2)]
     unfuse(runs[1].parts.models["unet"])
@@ -140,15 +150,18 @@ def test_the_fused_layers_take_pefts_steps(build: Callable, precision: str, meth
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["nf4", "int8", "fp8"])
 @pytest.mark.parametrize(
-    ("method", "flags"),
+    ("method", "flags", "precision"),
     [
-        ("bilora", {"train_text_encoder": True, "gradient_checkpointing": True}),
-        ("bilora-fresh", {}),
-        ("rwp-full", {}),
-        ("lora", {"use_dora": True}),
-        ("lora", {"init_lora_weights": "pissa"}),
+        pytest.param(method, flags, precision, marks=[pytest.mark.slow] * ((method, precision) not in USUAL))
+        for method, flags in (
+            ("bilora", {"train_text_encoder": True, "gradient_checkpointing": True}),
+            ("bilora-fresh", {}),
+            ("rwp-full", {}),
+            ("lora", {"use_dora": True}),
+            ("lora", {"init_lora_weights": "pissa"}),
+        )
+        for precision in ("nf4", "int8", "fp8")
     ],
 )
 def test_what_is_stored_never_changes(build: Callable, precision: str, method: str, flags: dict):

@@ -414,7 +414,7 @@ def test_ranks_and_batches_cover_the_same_draws() -> None:
             DrawBatches(**wrong)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_data_loader(workers: int) -> None:
     dataset = dataset_of(class_pictures=pictures_in_memory(3, kind="class"), random_flip=True)
     dataset.describe(0)

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import curves, files, laboratory, measures, rises, stacking, tasks
+from benchmarks.quality import curves, files, laboratory, measured, measures, rises, stacking, tasks
 from benchmarks.quality.budget import budget_section
 from benchmarks.quality.costs import step_bytes, time_cost
 from benchmarks.quality.elsewhere import ELSEWHERE
@@ -162,14 +162,17 @@ def test_computed_times_are_those_of_the_passes():
     assert cost("lora", ema_decay=0.98) is None
 
 
-def test_the_defaults_have_a_section_to_themselves(tmp_path: Path):
+def test_the_defaults_have_a_section_to_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measured, "step_bytes", lambda configuration: 10**6)  # has a test of its own
     write(tmp_path / "runs", Configuration("lora", 1e-3), 0, {100: 0.2})
     for seed, level in ((6, 0.1), (7, 0.3)):
         for configuration in CONFIRMED:
             lower = 0.004 * (configuration.method == "nbar")
-            write(tmp_path / "confirmed", configuration, seed, {100: level - lower})
+            write(tmp_path / "confirmed", configuration, seed, {100: level - lower}, drawn=1.5)
     text = report(tmp_path / "runs", confirmation=tmp_path / "confirmed")
     assert "new seeds" in text and "Seeds 6, 7." in text
+    assert "| `--method nbar` | -1.9 +- 0.0 % | -1.9 +- 0.0 % | +0.0 +- 0.0 % |" in text
+    assert "| `--method lora --learning_rate 0.00025` | +0.0 +- 0.0 % |" in text
     for row in (line for line in text.splitlines() if line.startswith("| nbar") and "-40 +- 0" in line):
         assert "not the choice" not in row
         break

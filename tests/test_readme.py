@@ -169,6 +169,15 @@ def test_links_lead_somewhere() -> None:
             assert ((ROOT / name).parent / target).exists(), f"{name} links to {target}"
 
 
+def test_its_numbers_are_the_results() -> None:
+    """The table of differences to LoRA is that of the benchmark's report, row by row, with words about each row."""
+    found = (ROOT / "benchmarks" / "results" / "quality.md").read_text()
+    short = re.search(r"### In short\n(.*?)\n### ", found, re.DOTALL)[1]
+    rows = [line for line in README.splitlines() if line.startswith("| `--method ")]
+    said = {re.sub(r"(`[^`]*`)[^|]*", r"\1 ", line, count=1) for line in rows}
+    assert said == {line for line in short.splitlines() if line.startswith("| `")}
+
+
 def test_makefile_has_the_targets_that_are_named() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text())) - {"as"}:

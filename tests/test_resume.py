@@ -82,6 +82,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp16": {"mixed_precision": "fp16", "center_crop": True, **SMALL},
     "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True, **SMALL},
 }
+RARER = ("bilora-sgd", "bilora-normalized", "bilora-fresh tracked", "pissa", "fp16")
+"""Run by `make test-slow`: each shares all but a detail with another one."""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def equal_values(one: Any, other: Any) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=[pytest.mark.slow] * (one in RARER)) for one in KINDS])
 def test_a_resumed_run_gives_the_same_tensors(kind: str, pictures: Path, tmp_path: Path) -> None:
     flags = {"loss_gap_steps": 2, "checkpointing_steps": 4, **KINDS[kind]}
     assert_same_run(*in_one_and_in_two(pictures, tmp_path, **flags), 4)

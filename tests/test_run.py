@@ -369,7 +369,11 @@ def picture(path: Path) -> bytes:
     return Image.open(path).tobytes()
 
 
-@pytest.mark.parametrize("text_encoders", [False, True], ids=["frozen text encoders", "trained text encoders"])
+@pytest.mark.parametrize(
+    "text_encoders",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["frozen text encoders", "trained text encoders"],
+)
 def test_a_preview_is_what_the_exported_lora_draws(
     text_encoders: bool, pictures: Path, tmp_path: Path, quick: None
 ) -> None:
