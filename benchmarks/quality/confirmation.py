@@ -1,15 +1,26 @@
 """The report's section on the trainer's defaults, measured on seeds that nothing was chosen by."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.quality.differences import left_out
-from benchmarks.quality.finished import flatness_table, pictures_table
+from benchmarks.quality.costs import time_cost
+from benchmarks.quality.differences import Row, interval, left_out
+from benchmarks.quality.finished import drawn_alike, flatness_table, pictures_table
 from benchmarks.quality.measured import losses_table, measured_rows
-from benchmarks.quality.plan import CONFIRMED
-from benchmarks.quality.results import runs
+from benchmarks.quality.plan import CONFIRMED, Configuration
+from benchmarks.quality.results import at_best, last, runs
 
 __all__ = ["confirmation_section"]
+
+IN_SHORT: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "unseen icons, best step": lambda run: at_best(run, "test"),
+    "unseen icons, last step": lambda run: last(run)["test"],
+    "icons it knew, best step": lambda run: at_best(run, "flat"),
+    "icons it knew, last step": lambda run: last(run)["flat"],
+}
+LIKENESS = "similarity_to_true"
 
 
 def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]:
@@ -30,8 +41,54 @@ def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]
         "runs, and nothing was chosen by them. Of many intervals at 95 % one in twenty leaves 0 out by chance. "
         "Differences to LoRA (paired, Student's t); LoRA's own row has its values and their standard error.",
         "",
+        *_in_short(rows, ratios),
         *losses_table(rows, ratios),
         *pictures_table(rows),
         *flatness_table(rows),
         *left_out(found, rows),
     ]
+
+
+def _in_short(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
+    """What README has of it: by the flags that make a row, as shares of LoRA's mean.
+
+    Arguments:
+        rows: LoRA's first.
+        ratios: times of a step.
+    """
+    alike = drawn_alike(rows, [LIKENESS])
+    lines = [
+        "### In short",
+        "",
+        "Differences to LoRA as shares of its mean: losses, of which less is better, the likeness of pictures of "
+        "unseen names to the true icons, of which more is, and the time of a step on a CPU. The tables below have the "
+        "same in the measures' own units.",
+        "",
+        "| | " + " | ".join([*IN_SHORT, "pictures", "a step"]) + " |",
+        "|---|" + "---|" * (len(IN_SHORT) + 2),
+    ]
+    for row in rows[1:]:
+        cells = [_share(row.values(measure)) for measure in IN_SHORT.values()]
+        cells.append(_share(row.values(lambda run: run["pictures"][LIKENESS])) if row in alike else "")
+        cost = time_cost(row.configuration, ratios)
+        fewer = row.title.removeprefix(row.configuration.key)
+        lines.append(
+            f"| `{_flags(row.configuration)}`{fewer} | "
+            + " | ".join([*cells, "" if cost is None else f"x {cost:.2f}"])
+            + " |"
+        )
+    return [*lines, ""]
+
+
+def _share(values: Sequence[tuple[float, float]]) -> str:
+    mean = statistics.fmean(plain for _, plain in values)
+    return f"{interval([100 * (own - plain) / mean for own, plain in values], 1)} %"
+
+
+def _flags(configuration: Configuration) -> str:
+    """The trainer's that make it of LoRA at the benchmark's rate."""
+    words = [f"--{name} {value}" for name, value in configuration.settings.items()]
+    rate = configuration.learning_rate
+    if rate != CONFIRMED[0].learning_rate:
+        words.append(f"--learning_rate {rate:g}")
+    return " ".join([f"--method {configuration.method}", *words])

@@ -10,7 +10,7 @@ from benchmarks.quality.flatness import DIRECTIONS, POWER_STEPS, RANDOM_SIZE, SI
 from benchmarks.quality.laboratory import RANK, SHARPNESS_DRAWS
 from benchmarks.quality.measures import FEWER
 
-__all__ = ["PICTURE_MEASURES", "flatness_table", "pictures_table"]
+__all__ = ["PICTURE_MEASURES", "drawn_alike", "flatness_table", "pictures_table"]
 
 PICTURE_MEASURES = {
     "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true 3D icon, in [-2, 2]"),
@@ -46,7 +46,7 @@ def pictures_table(rows: Sequence[Row]) -> list[str]:
     """
     names = _names(rows[0].runs[0][0])
     measures = [name for name in PICTURE_MEASURES if all(name in run["pictures"] for run, _ in rows[0].runs)]
-    drawn = [row for row in rows if all(_names(run) == names and _has(run, measures) for run, _ in row.runs)]
+    drawn = drawn_alike(rows, measures)
     lines = [
         "### Pictures",
         "",
@@ -63,6 +63,16 @@ def pictures_table(rows: Sequence[Row]) -> list[str]:
         ]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
     return [*lines, "", *_without(rows, drawn)]
+
+
+def drawn_alike(rows: Sequence[Row], measures: Sequence[str]) -> list[Row]:
+    """Those that have these measures, of as many names as LoRA's.
+
+    Arguments:
+        rows: LoRA's first.
+    """
+    names = _names(rows[0].runs[0][0])
+    return [row for row in rows if all(_names(run) == names and _has(run, measures) for run, _ in row.runs)]
 
 
 def flatness_table(rows: Sequence[Row]) -> list[str]:
