@@ -180,6 +180,30 @@ def test_the_defaults_have_a_section_to_themselves(tmp_path: Path, monkeypatch: 
         raise AssertionError(text)
 
 
+def test_methods_are_held_against_the_controls_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measured, "step_bytes", lambda configuration: 10**6)
+    write(tmp_path / "runs", Configuration("lora", 5e-4), 0, {100: 0.2})
+    half, dropout = Configuration("lora", 2.5e-4), Configuration("lora", 5e-4, {"lora_dropout": 0.7})
+    levels = {CONFIRMED[0].key: 0.2, half.key: 0.196, dropout.key: 0.193}
+    for seed in (6, 7):
+        for one in CONFIRMED:
+            write(tmp_path / "confirmed", one, seed, {100: levels.get(one.key, 0.19)}, drawn=1.5)
+    write(tmp_path / "confirmed", Configuration("nbar", 1e-3), 6, {100: 0.1})  # not all of the control's seeds
+    for configuration, level in ((half, 0.196), (Configuration("bilora", 2.5e-4), 0.197), (dropout, 0.193)):
+        for seed in (1, 2):
+            write(tmp_path / "runs", configuration, seed, {100: level}, drawn=1.5)
+    text = report(tmp_path / "runs", confirmation=tmp_path / "confirmed").split("## Beside the controls")[1]
+    text = text.split("\n## ")[0]
+    against_half, against_dropout, at_half = (part.splitlines() for part in text.split("\n### ")[1:4])
+    no = "+0.0 +- 0.0 % | +0.0 +- 0.0 % | +0.0 +- 0.0 % |"
+    assert f"| nbar, lr 0.0005 | -2.9 +- 0.0 % | -2.9 +- 0.0 % | {no}" in against_half
+    assert f"| lora, lr 0.0005 | +1.9 +- 0.0 % | +1.9 +- 0.0 % | {no}" in against_half
+    assert f"| nbar, lr 0.0005 | -1.5 +- 0.0 % | -1.5 +- 0.0 % | {no}" in against_dropout
+    assert not any(line.startswith("| nbar, lr 0.001 ") for line in against_half)
+    rows = [line for line in at_half if line.startswith("| ")]
+    assert len(rows) == 3 and rows[2] == f"| bilora, lr 0.00025 | +0.5 +- 0.0 % | +0.5 +- 0.0 % | {no}"
+
+
 def test_memory_is_counted_at_each_rows_own_settings(tmp_path: Path, laboratory_: laboratory.Laboratory):
     lora, obar = Configuration("lora", 1e-3), Configuration("obar", 1e-3, {"bar_strength": 2.0})
     bilora = Configuration("bilora", 1e-3, {"rho": 2.0})

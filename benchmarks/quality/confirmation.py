@@ -1,13 +1,12 @@
 """The report's section on the trainer's defaults, measured on seeds that nothing was chosen by."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.costs import time_cost
-from benchmarks.quality.differences import Row, interval, left_out
-from benchmarks.quality.finished import drawn_alike, flatness_table, pictures_table
+from benchmarks.quality.differences import Row, left_out, share
+from benchmarks.quality.finished import LIKENESS, drawn_alike, flatness_table, pictures_table
 from benchmarks.quality.measured import losses_table, measured_rows
 from benchmarks.quality.plan import CONFIRMED, Configuration
 from benchmarks.quality.results import at_best, last, runs
@@ -20,7 +19,6 @@ IN_SHORT: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "icons it knew, best step": lambda run: at_best(run, "flat"),
     "icons it knew, last step": lambda run: last(run)["flat"],
 }
-LIKENESS = "similarity_to_true"
 
 
 def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]:
@@ -68,8 +66,8 @@ def _in_short(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
         "|---|" + "---|" * (len(IN_SHORT) + 2),
     ]
     for row in rows[1:]:
-        cells = [_share(row.values(measure)) for measure in IN_SHORT.values()]
-        cells.append(_share(row.values(lambda run: run["pictures"][LIKENESS])) if row in alike else "")
+        cells = [share(row.values(measure)) for measure in IN_SHORT.values()]
+        cells.append(share(row.values(lambda run: run["pictures"][LIKENESS])) if row in alike else "")
         cost = time_cost(row.configuration, ratios)
         fewer = row.title.removeprefix(row.configuration.key)
         lines.append(
@@ -78,11 +76,6 @@ def _in_short(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
             + " |"
         )
     return [*lines, ""]
-
-
-def _share(values: Sequence[tuple[float, float]]) -> str:
-    mean = statistics.fmean(plain for _, plain in values)
-    return f"{interval([100 * (own - plain) / mean for own, plain in values], 1)} %"
 
 
 def _flags(configuration: Configuration) -> str:

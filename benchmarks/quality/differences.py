@@ -10,7 +10,7 @@ from benchmarks.quality.plan import Configuration
 from benchmarks.quality.results import CHOOSING_SEED, at_best, configuration_of, device_of, kind, kind_of, last
 from bilora_diffusion.paired import half_width
 
-__all__ = ["Row", "cell", "interval", "left_out", "paired_rows", "test_cells"]
+__all__ = ["Row", "cell", "interval", "left_out", "paired_rows", "share", "test_cells"]
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,9 @@ def interval(values: Sequence[float], digits: int) -> str:
     if len(values) < 2:
         return f"{mean:+.{digits}f}"
     return f"{mean:+.{digits}f} +- {half_width(values):.{digits}f}"
+
+
+def share(values: Sequence[tuple[float, float]]) -> str:
+    """The mean paired difference as a share of the mean of the other ones."""
+    mean = statistics.fmean(plain for _, plain in values)
+    return f"{interval([100 * (own - plain) / mean for own, plain in values], 1)} %"

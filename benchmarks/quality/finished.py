@@ -10,7 +10,7 @@ from benchmarks.quality.flatness import DIRECTIONS, POWER_STEPS, RANDOM_SIZE, SI
 from benchmarks.quality.laboratory import RANK, SHARPNESS_DRAWS
 from benchmarks.quality.measures import FEWER
 
-__all__ = ["PICTURE_MEASURES", "drawn_alike", "flatness_table", "pictures_table"]
+__all__ = ["LIKENESS", "PICTURE_MEASURES", "drawn_alike", "flatness_table", "pictures_table"]
 
 PICTURE_MEASURES = {
     "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true 3D icon, in [-2, 2]"),
@@ -24,6 +24,7 @@ PICTURE_MEASURES = {
     "flat_kept": ("flat kept", "similarity of flat icons to those the base draws: what is not forgotten"),
 }
 """Title and meaning by name."""
+LIKENESS = "similarity_to_true"
 DIGITS = {"retrieval_rank": 2}
 
 FLATNESS = {

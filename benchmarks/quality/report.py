@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.quality.budget import budget_section
 from benchmarks.quality.confirmation import confirmation_section
+from benchmarks.quality.controls import controls_section
 from benchmarks.quality.costs import time_ratios
 from benchmarks.quality.differences import left_out
 from benchmarks.quality.elsewhere import elsewhere_section
@@ -52,6 +53,7 @@ def report(
         rows = measured_rows(measured, best)
         lines += measured_section(rows, ratios, curves) if rows else []
         lines += left_out(measured, rows)
+    lines += controls_section(measured, _all_below(confirmation))
     if transfer is not None and transfer.is_dir():
         lines += elsewhere_section(transfer, best, ratios)
     looked = _all_below(rises)

@@ -1,0 +1,76 @@
+"""The report's section on what a method is worth beside the remedies that any trainer has."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.quality.differences import Row, cell, share
+from benchmarks.quality.finished import LIKENESS, drawn_alike
+from benchmarks.quality.plan import Configuration
+from benchmarks.quality.results import at_best, device_of, last
+
+__all__ = ["controls_section"]
+
+HALF = Configuration("lora", 2.5e-4)
+DROPOUT = Configuration("lora", 5e-4, {"lora_dropout": 0.7})
+COLUMNS = {
+    "test, best": lambda run: at_best(run, "test"),
+    "test, last": lambda run: last(run)["test"],
+    "flat, best": lambda run: at_best(run, "flat"),
+    "flat, last": lambda run: last(run)["flat"],
+}
+
+
+def controls_section(measured: Sequence[dict[str, Any]], confirmed: Sequence[dict[str, Any]]) -> list[str]:
+    """Arguments:
+    measured: on the seeds of `measure`.
+    confirmed: on those of `confirm`.
+    """
+    at_half = [run for run in measured if run["learning_rate"] == HALF.learning_rate]
+    parts = {
+        "The trainer's defaults at LoRA's learning rate, on new seeds, against LoRA at half of it": (confirmed, HALF),
+        "The same against LoRA with dropout": (confirmed, DROPOUT),
+        "Everything at half the learning rate, LoRA too, on the seeds of the larger table": (at_half, HALF),
+    }
+    lines = []
+    for title, (some, control) in parts.items():
+        rows = _rows(some, control)
+        if len(rows) > 1:
+            lines += [f"### {title}", "", *_table(rows)]
+    if not lines:
+        return []
+    return [
+        "## Beside the controls",
+        "",
+        "The same runs, paired with those of LoRA's that go at half the learning rate or drop much of the input: what "
+        "a method adds to what any trainer has. Columns as above, differences as shares of the control's "
+        "mean; the first row of each table has its values and their standard error.",
+        "",
+        *lines,
+    ]
+
+
+def _rows(some: Sequence[dict[str, Any]], control: Configuration) -> list[Row]:
+    """The control's first; those that have a run of each of its seeds."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for run in some:
+        found.setdefault(run["key"], {})[run["seed"]] = run
+    plain = found.get(control.key, {})
+    rows = []
+    for key in sorted(found, key=lambda key: (key != control.key, key)):
+        pairs = [(found[key][seed], run) for seed, run in sorted(plain.items()) if seed in found[key]]
+        pairs = [(run, other) for run, other in pairs if device_of(run) == device_of(other)]
+        if len(pairs) == len(plain) > 1:
+            rows.append(Row(key, key == control.key, pairs))
+    return rows
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    alike = drawn_alike(rows, [LIKENESS])
+    lines = ["| method | " + " | ".join([*COLUMNS, "like the true icon"]) + " |", "|---|" + "---|" * 5]
+    for row in rows:
+        columns = [(row.values(value), 4) for value in COLUMNS.values()]
+        columns += [(row.values(lambda run: run["pictures"][LIKENESS]), 3)] if row in alike else []
+        cells = [cell(values, digits, True) if row.is_lora else share(values) for values, digits in columns]
+        cells += [""] * (row not in alike)
+        lines.append("| " + " | ".join([row.title, *cells]) + " |")
+    return [*lines, ""]
