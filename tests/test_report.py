@@ -461,7 +461,7 @@ def test_the_page_is_whole_and_takes_prompts_as_text(report: Path) -> None:
     assert any(HOSTILE in one for one in page.texts) and any("<b onclick=x>&.png" in one for one in page.texts)
     assert any(HOSTILE in (attributes.get("alt") or "") for attributes in pictures)
     assert INK not in text and text.count("<svg") == 5 and COLOURS[0] in text
-    assert any("python -m bilora_diffusion.cli --pretrained" in one for one in page.texts)
+    assert "python -m bilora_diffusion.cli --pretrained" in "".join(page.texts)
     assert any("Bi-LoRA's loss gap was" in one for one in page.texts)
     for name in ("loss", "checkpoints", "sharpness", "pictures", "other_prompts"):
         with Image.open(report / f"{name}.png") as picture:
@@ -475,6 +475,7 @@ def test_the_page_in_a_browser(report: Path) -> None:
 
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     path, backgrounds = browser_path(), set()
+    command = json.loads((report / "report.json").read_text())["runs"]["lora-seed5"]["command"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
         for name, size, scheme in (("laptop", LAPTOP, "light"), ("phone", PHONE, "dark")):
@@ -486,6 +487,7 @@ def test_the_page_in_a_browser(report: Path) -> None:
             page.goto((report / "report.html").as_uri())
             assert not told and not [url for url in asked[1:] if not url.startswith("data:")]
             assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+            assert page.locator("pre").first.inner_text().startswith(command)  # as it is copied
             backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
             page.screenshot(path=SCREENSHOTS / f"report-{name}.png", full_page=True)
         browser.close()
