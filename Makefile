@@ -31,9 +31,10 @@ $(READY): pyproject.toml constraints.txt
 		bitsandbytes torchao
 	touch $(READY)
 
-# Two at a time, a file in one process: more would need more than the 8 GB that many machines have.
+# Two at a time, a file in one process: more would need more than the 8 GB that many machines have. In the order of
+# their names, or the app's few long tests would come last, one process idle beside them.
 test: setup  ## all tests that a CPU can run in minutes
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup  ## full-size SDXL with random weights, rarer combinations: 10 GB of memory, some minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

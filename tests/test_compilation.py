@@ -129,6 +129,7 @@ def test_other_passes(name, build):
     assert_same_courses(build, method, **flags)
 
 
+@pytest.mark.slow
 def test_buckets_share_programs(build):
     shapes = "64,64;64,96;80,64"
     flags = {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": shapes, "train_batch_size": 1}
@@ -180,6 +181,7 @@ def test_a_run_to_the_verified_file(pictures: Path, tmp_path: Path, no_check: No
     assert len(list((tmp_path / "True" / "previews").glob("step_*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_bits(pictures: Path, tmp_path: Path, no_check: None, monkeypatch) -> None:
     quicken(monkeypatch)
     whole, parts = in_one_and_in_two(pictures, tmp_path, compile=True, **SMALL)

@@ -400,6 +400,7 @@ def test_a_loss_that_is_not_finite_spares_the_checkpoint(tmp_path: Path) -> None
     assert load_averages({"line": line}, path)["steps"] == 5
 
 
+@pytest.mark.slow
 def test_a_stage_goes_on_exactly(shipped: Icons, small_build: Build, tmp_path: Path) -> None:
     """Stopped once, at a checkpoint."""
 

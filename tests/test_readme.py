@@ -127,6 +127,7 @@ def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert len({cell.tobytes() for cell in cells}) == 4
 
 
+@pytest.mark.slow
 def test_the_demonstration_on_another_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -56,7 +56,7 @@ def report(
     lines += controls_section(measured, _all_below(confirmation))
     if transfer is not None and transfer.is_dir():
         lines += elsewhere_section(transfer, best, ratios)
-    looked = _all_below(rises)
+    looked = runs(rises) if rises is not None and rises.is_dir() else []
     if looked:
         lines += _rises(looked)
     candidates = [run for run in everything if run["seed"] == CHOOSING_SEED]
