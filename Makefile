@@ -6,8 +6,8 @@ READY := $(VENV)/.ready
 # Apart, for the tests that need them: peft imports them wherever it finds them, which takes each process seconds.
 QUANTISED := $(VENV)/quantised
 
-.PHONY: demo app app-picture report report-picture setup test test-slow benchmark-quality benchmark-transfer \
-	benchmark-speed lint format flags clean
+.PHONY: demo app app-picture report report-picture setup test test-slow benchmark-quality benchmark-quality-all \
+	benchmark-transfer benchmark-speed lint format flags clean
 
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -47,7 +47,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark-quality: setup  ## all methods on the embedded base: hours on two cores, goes on where it stopped
+benchmark-quality: setup  ## all methods on the embedded base: three hours on two cores, goes on where it stopped
+	for stage in choose measure; do \
+		$(BIN)/python -m benchmarks.quality $$stage --alone --part 1/2 & one=$$!; \
+		$(BIN)/python -m benchmarks.quality $$stage --alone --part 2/2 && wait $$one || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.quality report
+
+benchmark-quality-all: setup  ## with controls, combinations, wider grids, new seeds: most of a day
 	for stage in choose measure confirm; do \
 		$(BIN)/python -m benchmarks.quality $$stage --part 1/2 & one=$$!; \
 		$(BIN)/python -m benchmarks.quality $$stage --part 2/2 && wait $$one || exit 1; \

@@ -322,10 +322,15 @@ def test_a_report_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_what_was_not_timed_is_taken_for_the_median():
     timed, not_timed = {"wall_seconds": 3600.0}, {}
     stages = {"choose": [not_timed], "measure": [timed, timed, not_timed], "confirm": []}
-    lines = budget_section(stages)
-    assert lines[-2:] == ["| `choose` | 1 | 0 |  |  |", "| `measure` | 3 | 2 | 60.0 | 3.0 |"]
-    assert any(line.endswith("On two cores the hours below are 1.5.") for line in lines)
-    assert budget_section({"choose": [not_timed]}) == []
+    lines = budget_section(stages, {"measure": [timed, not_timed]})
+    assert lines[-3:] == [
+        "| `choose` | 1 | 0 |  |  |",
+        "| `measure` | 3 | 2 | 60.0 | 3.0 |",
+        "| `measure --alone` | 2 | 1 | 60.0 | 2.0 |",
+    ]
+    assert "all stages take 1.5 hours; 1.0 of them are each method by itself" in "".join(lines)
+    assert "all stages take 1.5 hours." in "".join(budget_section(stages, {"choose": [not_timed]}))
+    assert budget_section({"choose": [not_timed]}, {}) == []
 
 
 def test_under_equal_time_a_slower_method_has_fewer_steps():
@@ -568,6 +573,7 @@ def test_what_is_done_is_written_though_another_run_fails(
         ("stacking --stack 8", "--stack: stacking has none"),
         ("choose --rates 0.0005 0.0006", "--rates: choose has no '0.0006'"),
         ("measure --rates 0.0005", "--rates: measure has none"),
+        ("confirm --alone", "--alone: confirm has none"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(
@@ -581,6 +587,31 @@ def test_a_mistake_is_told_in_one_line(
     assert command.main(words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_alone_is_each_method_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    noise = {"sigma": 0.5, "sigma_schedule": "constant"}
+    lora, dropout = Configuration("lora", 5e-4), Configuration("lora", 5e-4, {"lora_dropout": 0.7})
+    flat, bilora = Configuration("flat-lora", 5e-4, noise), Configuration("bilora", 5e-4, {"rho": 2.0} | noise)
+    for one in (lora, flat, bilora, dropout):
+        write(tmp_path, one, 0, {100: 0.2})
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    trained: list[files.Run] = []
+    monkeypatch.setattr(files, "train_missing", lambda _, runs, **__: trained.extend(runs))
+    assert command.main(["measure", "--alone"]) == 0
+    assert {(run.configuration.key, run.seed) for run in trained} == {
+        (one.key, seed) for one in (lora, flat) for seed in command.SEEDS
+    }
+    trained.clear()
+    assert command.main(["choose", "--alone"]) == 0
+    tried = [run.configuration for run in trained]
+    assert {one.method for one in tried} == set(METHOD_NAMES) - {"rwp-full"}  # flat-lora's with a constant schedule
+    assert flat in tried and bilora not in tried and dropout not in tried
+    assert Configuration("lora-sam", 5e-4, {"rho": 0.01}) not in tried  # further out than the grid
+    trained.clear()
+    assert command.main(["choose"]) == 0
+    assert {one.key for one in tried} < {run.configuration.key for run in trained}
+    assert {bilora.key, dropout.key} <= {run.configuration.key for run in trained}
 
 
 @pytest.mark.parametrize("stage", ["measure", "transfer", "rises"])

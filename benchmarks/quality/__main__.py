@@ -16,7 +16,8 @@
 The last two have flags of their own (`paper --help`) and write into outputs/; docs/benchmarks.md tells of them. Of the
 others every run is written when it is done, so that a stopped command goes on with the next one. One process uses one
 core: start two with --part 1/2 and --part 2/2 to use two. --stack 8 trains eight in common batches; what that saves on
-a --device `stacking` measures.
+a --device `stacking` measures. `choose --alone` and `measure --alone` are the table of the methods, without controls,
+combinations and what else was tried: about three hours on two cores.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--subjects_dir", type=Path, help="of `transfer`: folders of photos, as DreamBooth's")
     parser.add_argument("--classes", nargs="+", default=[], help="of `transfer`: class words, as of `dreambench`")
     parser.add_argument("--tasks", nargs="+", default=[], help="of `transfer`: only these")
+    parser.add_argument("--alone", action="store_true", help="of `choose` and `measure`: only each method by itself")
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
     parser.add_argument(
         "--stack", type=int, help="of what trains whole runs: so many at once, over one base (default: 1)"
@@ -103,7 +105,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from benchmarks.quality.files import Run, train_missing
     from benchmarks.quality.laboratory import Laboratory
     from benchmarks.quality.plan import CONFIRMED, candidates
-    from benchmarks.quality.results import CHOOSING_SEED, measured_ones
+    from benchmarks.quality.results import CHOOSING_SEED, is_alone, measured_ones
     from benchmarks.quality.words import check_device, check_names, part_of
 
     def laboratory() -> Laboratory:
@@ -115,7 +117,9 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--stack: {arguments.stage} has none; leave it out")
     stack = 1 if arguments.stack is None else arguments.stack
     seeds = arguments.seeds or (NEW_SEEDS if arguments.stage == "confirm" else SEEDS)
-    measured = measured_ones(RESULTS)
+    if arguments.alone and arguments.stage not in ("choose", "measure"):
+        raise UserError(f"--alone: {arguments.stage} has none; leave it out")
+    measured = measured_ones(RESULTS, alone=arguments.alone)
     trained = {"choose": (one.method for one in candidates()), "confirm": (one.method for one in CONFIRMED)}
     names = list(dict.fromkeys(trained.get(arguments.stage, measured)))
     if not names and arguments.stage != "stacking":
@@ -157,6 +161,7 @@ def _run(arguments: argparse.Namespace) -> None:
         else:
             seeds = (CHOOSING_SEED,)
             named = [one for one in candidates(arguments.methods) if one.learning_rate in (arguments.rates or rates)]
+            named = [one for one in named if not arguments.alone or is_alone(one)]
         runs = [Run(folder, one, seed) for seed in seeds for one in named]
         train_missing(laboratory, runs[number - 1 :: of], stack=stack, all_losses=measuring, finished=measuring)
 

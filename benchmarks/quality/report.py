@@ -16,7 +16,18 @@ from benchmarks.quality.differences import left_out
 from benchmarks.quality.elsewhere import elsewhere_section
 from benchmarks.quality.measured import measured_rows, measured_section
 from benchmarks.quality.plan import Configuration
-from benchmarks.quality.results import CHOOSING_SEED, best_step, chosen, device_of, kind, last, runs
+from benchmarks.quality.results import (
+    CHOOSING_SEED,
+    best_step,
+    chosen,
+    configuration_of,
+    device_of,
+    is_alone,
+    kind,
+    last,
+    measured_ones,
+    runs,
+)
 
 __all__ = ["report"]
 
@@ -65,7 +76,12 @@ def report(
     stages |= {"transfer": _all_below(transfer)}
     if stacking is not None and stacking.is_file():
         lines += _stacking(json.loads(stacking.read_text()), [run for some in stages.values() for run in some])
-    lines += budget_section(stages | {"rises": looked})
+    table = measured_ones(folder, alone=True).values()
+    alone = {
+        "choose": [run for run in candidates if is_alone(configuration_of(run))],
+        "measure": [run for run in measured if [configuration_of(run)] in table],
+    }
+    lines += budget_section(stages | {"rises": looked}, alone)
     return "\n".join(lines) + "\n"
 
 

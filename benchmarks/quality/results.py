@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.plan import ALSO_MEASURED, FULL_RANK, Configuration
+from benchmarks.quality.plan import ALSO_MEASURED, EDGES, FULL_RANK, Configuration
 from bilora_diffusion.method_names import WITH_NOISE
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "chosen",
     "configuration_of",
     "device_of",
+    "is_alone",
     "kind",
     "kind_of",
     "last",
@@ -52,13 +53,24 @@ def chosen(folder: Path) -> dict[str, Configuration]:
     return {method: configuration for method, (_, configuration) in best.items()}
 
 
-def measured_ones(folder: Path) -> dict[str, list[Configuration]]:
-    """By kind: what was chosen, and what `plan.ALSO_MEASURED` adds."""
+def measured_ones(folder: Path, *, alone: bool = False) -> dict[str, list[Configuration]]:
+    """By kind: what was chosen, and what `plan.ALSO_MEASURED` adds.
+
+    Arguments:
+        alone: only what was chosen of each method by itself.
+    """
     found = {kind: [configuration] for kind, configuration in chosen(folder).items()}
+    if alone:
+        return {kind: ones for kind, ones in found.items() if kind == ones[0].method}
     for one in ALSO_MEASURED:
         if one not in found.get(kind_of(one), [one]):
             found[kind_of(one)].append(one)
     return found
+
+
+def is_alone(candidate: Configuration) -> bool:
+    """Whether it is a method by itself, neither a control nor with another's part, and in the grid without `EDGES`."""
+    return kind_of(candidate) == candidate.method and candidate not in EDGES
 
 
 def configuration_of(run: Mapping[str, Any]) -> Configuration:
