@@ -614,7 +614,7 @@ def test_alone_is_each_method_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert {bilora.key, dropout.key} <= {run.configuration.key for run in trained}
 
 
-@pytest.mark.parametrize("stage", ["measure", "transfer", "rises"])
+@pytest.mark.parametrize("stage", ["measure", "transfer"])
 def test_nothing_chosen_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, stage: str) -> None:
     monkeypatch.setattr(command, "RESULTS", tmp_path / "quality")
     assert command.main([stage]) == 2

@@ -43,20 +43,6 @@ CURVES = RESULTS.parent / "quality_curves.png"
 SPEED = RESULTS.parent / "speed_medium_cpu.json"
 SEEDS = (1, 2, 3, 4, 5)
 NEW_SEEDS = (6, 7, 8, 9, 10)
-ASCENTS = (
-    "lora",
-    "bilora",
-    "bilora-echo",
-    "bilora-fresh",
-    "dual-lora",
-    "eflat-lora",
-    "flat-lora",
-    "looksam",
-    "lora-sam",
-    "rwp-lora",
-    "s2-sam",
-)
-"""Those that perturb, and LoRA for the directions that any method could have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> None:
     """The stages that train. Imports take seconds: not before the words are known to be right."""
     from benchmarks.quality.files import Run, train_missing
     from benchmarks.quality.laboratory import Laboratory
-    from benchmarks.quality.plan import CONFIRMED, candidates
+    from benchmarks.quality.plan import CONFIRMED, LOOKED_AT, candidates
     from benchmarks.quality.results import CHOOSING_SEED, is_alone, measured_ones
     from benchmarks.quality.words import check_device, check_names, part_of
 
@@ -120,8 +106,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.alone and arguments.stage not in ("choose", "measure"):
         raise UserError(f"--alone: {arguments.stage} has none; leave it out")
     measured = measured_ones(RESULTS, alone=arguments.alone)
-    trained = {"choose": (one.method for one in candidates()), "confirm": (one.method for one in CONFIRMED)}
-    names = list(dict.fromkeys(trained.get(arguments.stage, measured)))
+    planned = {"choose": candidates(), "confirm": CONFIRMED, "rises": LOOKED_AT}
+    names = list(dict.fromkeys(one.method for one in planned.get(arguments.stage, ()))) or list(measured)
     if not names and arguments.stage != "stacking":
         raise UserError(f"nothing was chosen yet that {arguments.stage} could train: run choose first")
     check_names("--methods", arguments.methods or (), names, f"{arguments.stage} trains no")
@@ -144,7 +130,7 @@ def _run(arguments: argparse.Namespace) -> None:
     elif arguments.stage == "rises":
         from benchmarks.quality.rises import rises
 
-        named = [one for method in arguments.methods or ASCENTS for one in measured.get(method, [])]
+        named = [one for one in LOOKED_AT if not arguments.methods or one.method in arguments.methods]
         runs = [Run(RISES, one, seed) for seed in seeds for one in named]
         missing = [run for run in runs[number - 1 :: of] if not run.path.exists()]
         one_for_all = laboratory() if missing else None

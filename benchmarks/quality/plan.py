@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ALSO_MEASURED", "CONFIRMED", "EDGES", "Configuration", "candidates"]
+__all__ = ["ALSO_MEASURED", "CONFIRMED", "EDGES", "LOOKED_AT", "Configuration", "candidates"]
 
 RATES = (5e-4, 1e-3)
 RATES_OF_LORA = (2.5e-4, *RATES, 2e-3)
@@ -174,6 +174,30 @@ CONFIRMED = (
 )
 """LoRA, then the methods that differed from it, with the strengths that the trainer has by default, at LoRA's learning
 rate; dropout; and half that rate. Each was named before it was run on the seeds that measure it."""
+
+_FRESH = {"rho": 1.0, "ascent_share": 0.5}
+LOOKED_AT = (
+    Configuration("lora", 5e-4),
+    Configuration("bilora", 5e-4, {"rho": 0.05, "ascent": "sgd"}),
+    Configuration("bilora", 5e-4, {"rho": 2.0}),
+    Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
+    Configuration("bilora", 5e-4, {"rho": 2.0, "lora_dropout": 0.5}),
+    Configuration("bilora-echo", 5e-4, {"rho": 1.0}),
+    Configuration("bilora-fresh", 5e-4, _FRESH),
+    Configuration("bilora-fresh", 5e-4, _FRESH | {"ascent_share": 1.0}),
+    Configuration("bilora-fresh", 5e-4, _FRESH | {"ascent_share": 1.0, "auxiliary_rank": FULL_RANK}),
+    Configuration("bilora-fresh", 5e-4, {"rho": 0.475734, "ascent_share": 0.5, "ascent_basis": "tracked"}),
+    Configuration("bilora-fresh", 5e-4, _FRESH | _NOISE),
+    Configuration("dual-lora", 5e-4),
+    Configuration("eflat-lora", 5e-4, {"rho": 0.01}),
+    Configuration("flat-lora", 5e-4, _NOISE),
+    Configuration("looksam", 1e-3, {"rho": 0.05}),
+    Configuration("lora-sam", 5e-4, {"rho": 0.05}),
+    Configuration("rwp-lora", 5e-4, {"sigma": 0.1}),
+    Configuration("s2-sam", 5e-4, {"rho": 0.05}),
+)
+"""What `rises` looks at: LoRA, for the directions that any method could have, and all that perturb, at strengths that
+change something."""
 
 
 def candidates(methods: list[str] | None = None) -> Iterator[Configuration]:
