@@ -132,6 +132,7 @@ def test_the_verdict_compares_with_the_first_method() -> None:
     assert found[0].base == 0.3 and found[1].base is None
     said = verdict(found, list(runs), held_out=2, inert={"bilora": "in 1 of 2 runs the auxiliary was inert"})
     assert [one.outcome for one in said] == ["equal", "higher", "higher", "equal", "not measured"]
+    assert [one.leads for one in said] == [True, False, True, False, False]
     assert "50 % higher" in said[1].text and "Flat-LoRA's loss" in said[2].text and "inert" in said[-1].text
     none = verdict(compared({}, {"lora": runs["lora"]}), ["lora"], held_out=0, inert={})
     assert "was not measured" in none[0].text and "nothing was compared" in none[1].text
@@ -265,6 +266,7 @@ def test_the_runs_differ_in_method_and_seed_alone(pictures: Path, tmp_path: Path
         assert not one.config.overwrite_output_dir and not one.config.push_to_hub
         assert "secret" not in one.command and one.command.startswith("python -m bilora_diffusion.cli --pretrained")
         assert one.config.max_train_steps == 2
+        assert one.command.count("--instance_data_dir") == 1
 
 
 @forking
@@ -469,6 +471,11 @@ def test_the_page_is_whole_and_takes_prompts_as_text(report: Path) -> None:
     assert (report / "pictures" / "lora-seed6" / "0.png").exists()
 
 
+CUT_OFF = "[...document.querySelectorAll('.wide')].filter((one) => one.scrollWidth > one.clientWidth).length"
+TWO_MORE_METHODS = """for (const row of document.querySelectorAll('tr')) {
+    const last = row.lastElementChild; row.append(last.cloneNode(true), last.cloneNode(true)) }"""
+
+
 def test_the_page_in_a_browser(report: Path) -> None:
     from app_server import LAPTOP, PHONE, SCREENSHOTS, browser_path
     from playwright.sync_api import sync_playwright
@@ -488,8 +495,11 @@ def test_the_page_in_a_browser(report: Path) -> None:
             assert not told and not [url for url in asked[1:] if not url.startswith("data:")]
             assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
             assert page.locator("pre").first.inner_text().startswith(command)  # as it is copied
+            assert page.evaluate(CUT_OFF) == 0
             backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
             page.screenshot(path=SCREENSHOTS / f"report-{name}.png", full_page=True)
+            page.evaluate(TWO_MORE_METHODS)
+            assert page.evaluate(CUT_OFF) == 0
         browser.close()
     assert len(backgrounds) == 2
 
@@ -507,6 +517,12 @@ def test_plots_have_a_line_a_seed_and_their_mean() -> None:
     text = svg(Plot("name", "title", "x", "y", [Line("LoRA", 0, curves), Line("Bi-LoRA", 1, curves[:1])]))
     assert text.startswith("<svg") and "currentColor" in text and "<metadata>" not in text
     assert len(re.findall(rf"stroke: {COLOURS[0]}", text)) >= 3  # two seeds, the mean; marks and the legend's own
+    few, many = (
+        svg(Plot("name", "title", "x", "y", [Line(str(number), number, curves) for number in range(count)]))
+        for count in (3, 4)
+    )
+    heights = [float(re.search(r'height="([\d.]+)pt"', one)[1]) for one in (few, many)]
+    assert heights[1] > heights[0]  # the names are below
 
 
 def test_the_documented_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:

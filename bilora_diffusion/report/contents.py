@@ -38,7 +38,7 @@ def contents(results: Results) -> tuple[dict[str, Any], list[Plot], dict[str, Im
     others = [(number_, row) for number_, row in enumerate(results.other, len(results.rows)) if not row.settings.seed]
     other = _grid(results, others)
     values = {
-        "title": f"{' and '.join(map(title, results.methods))} on {len(results.trained)} pictures",
+        "title": f"{_listed(map(title, results.methods))} on {_counted(len(results.trained), 'picture')}",
         "subtitle": _subtitle(results),
         "verdict": results.verdict(),
         "caveat": caveat(sum(len(one.differences) for one in found), len(results.seeds), len(results.held_out)),
@@ -67,14 +67,22 @@ def contents(results: Results) -> tuple[dict[str, Any], list[Plot], dict[str, Im
     return values, [*losses, *training, *sharpness], sheets
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _subtitle(results: Results) -> str:
-    seeds = len(results.seeds)
     parts = (
         f"base {results.base_name}",
         f"{results.runs[0].summary['steps']} steps",
         f"{results.resolution} px",
-        f"{len(results.held_out)} pictures held out",
-        f"{seeds} seed{'s' if seeds > 1 else ''} a method",
+        f"{_counted(len(results.held_out), 'picture')} held out",
+        f"{_counted(len(results.seeds), 'seed')} a method",
         time.strftime("%Y-%m-%d"),
     )
     return ", ".join(parts)
@@ -159,7 +167,7 @@ def _table(results: Results, found: Sequence[Compared], keys: Iterable[str]) -> 
     methods = results.methods
     several = len(results.seeds) > 1
     heads = ["mean of the seeds" if several else "", *([BASE] if _any_base(found, keys) else []), *map(title, methods)]
-    first = title(methods[0])
+    first, plain = title(methods[0]), len(heads)
     heads += [f"{title(method)} against {first}" for method in methods[1:]]
     rows = []
     for one in found:
@@ -172,7 +180,7 @@ def _table(results: Results, found: Sequence[Compared], keys: Iterable[str]) -> 
         cells += [number(kind, sum(values) / len(values)) for values in one.values.values()]
         cells += [_difference(one, method) for method in methods[1:]]
         rows.append((one.quantity.title, one.quantity.meaning, cells))
-    return Table(heads, rows)
+    return Table(heads, rows, plain)
 
 
 def _any_base(found: Sequence[Compared], keys: Iterable[str]) -> bool:

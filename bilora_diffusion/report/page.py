@@ -42,10 +42,12 @@ class Table:
     Attributes:
         heads: of all columns, the first that of the rows' names.
         rows: (name, what it means or "", cells).
+        plain: how many columns hold a name or a number; the others' texts are longer and may be broken.
     """
 
     heads: Sequence[str]
     rows: Sequence[tuple[str, str, Sequence[str]]]
+    plain: int
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -98,6 +98,7 @@ def plan(
     config = parse([*words, "--output_dir", str(output)])
     fixed: list[str] = ["--skip_final_inference"]  # the report draws its own
     if pictures is not None:
+        words = _without(words, "--instance_data_dir")
         fixed += ["--instance_data_dir", str(pictures)]
         if config.caption_column is not None:
             fixed += ["--caption_column", "text"]
@@ -120,12 +121,16 @@ def plan(
 
 def without_token(words: Sequence[str]) -> list[str]:
     """Nothing is uploaded, and the commands stand in the report."""
+    return _without(words, "--hub_token")
+
+
+def _without(words: Sequence[str], flag: str) -> list[str]:
     kept: list[str] = []
     follows = False
     for word in words:
-        if not follows and not word.startswith("--hub_token="):
+        if not follows and not word.startswith(f"{flag}="):
             kept.append(word)
-        follows = word == "--hub_token"
+        follows = word == flag
         if follows:
             kept.pop()
     return kept

@@ -16,6 +16,9 @@ COLOURS = ("#6366f1", "#e8590c", "#2b8a3e", "#c2255c", "#0c8599", "#a07800")
 INK = "#123456"
 """Stands in the SVG where the page's text colour comes."""
 SIZE_INCHES = (4.6, 2.9)
+MOST_INSIDE = 3
+"""More lines than that have their names below the plot, where they hide none."""
+LINE_INCHES = 0.18
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def _draw(plot: Plot, ink: str, target: io.StringIO | Path, kind: str) -> None:
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     settings = {**dict.fromkeys(names, ink), "svg.hashsalt": plot.name, "font.size": 9}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        rows_below = (len(plot.lines) + 1) // 2 if len(plot.lines) > MOST_INSIDE else 0
+        figure = Figure(figsize=(SIZE_INCHES[0], SIZE_INCHES[1] + LINE_INCHES * rows_below), layout="constrained")
         axis = figure.subplots()
         for line in plot.lines:
             look = {"color": COLOURS[line.colour % len(COLOURS)], "linestyle": "--" if line.dashed else "-"}
@@ -92,7 +96,10 @@ def _draw(plot: Plot, ink: str, target: io.StringIO | Path, kind: str) -> None:
             axis.plot(*zip(*mean, strict=True), linewidth=width, label=line.label, marker=marker, **look)
         axis.set(xlabel=plot.x, ylabel=plot.y)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+        if rows_below:
+            figure.legend(frameon=False, loc="outside lower center", ncols=2)
+        else:
+            axis.legend(frameon=False)
         transparent = kind == "svg"
         figure.savefig(
             target, format=kind, dpi=150, transparent=transparent, metadata={"Date": None} if transparent else None

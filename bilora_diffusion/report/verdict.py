@@ -1,7 +1,7 @@
 """What the paired numbers say, in plain words, and never more than they carry."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from bilora_diffusion.paired import Difference
@@ -19,10 +19,12 @@ Outcome = Literal["lower", "higher", "not shown", "one seed", "equal", "not meas
 class Sentence:
     """Attributes:
     outcome: `lower` and `higher` only where the 95 % interval leaves zero out.
+    leads: the first about its method.
     """
 
     text: str
     outcome: Outcome
+    leads: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,9 +45,10 @@ def verdict(
         text = "No picture was held out, so overfitting was not measured: 8 pictures or more, or --hold_out, allow it."
         sentences.append(Sentence(text, "not measured"))
     for method in methods[1:]:
-        for one in (by_key[key] for key in TOLD if key in by_key):
+        for number, one in enumerate(by_key[key] for key in TOLD if key in by_key):
             difference, seeds = one.differences[method], len(one.values[method])
-            sentences.append(sentence(one.quantity, method, methods[0], difference, seeds, held_out))
+            said = sentence(one.quantity, method, methods[0], difference, seeds, held_out)
+            sentences.append(replace(said, leads=number == 0))
     for method, text in inert.items():
         sentences.append(Sentence(f"{title(method)}: {text}.", "not measured"))
     if len(methods) == 1:
