@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         config = command_line.parse(argv)
+        if config.instance_data_dir is not None:
+            from bilora_diffusion.data.folders import check_folder
+
+            check_folder(config.instance_data_dir, "--instance_data_dir")
         from bilora_diffusion.run import (
             train,  # torch and diffusers: not before the flags are known to be right
         )

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from tqdm.auto import tqdm
 
 from bilora_diffusion.atomic import atomic_write
-from bilora_diffusion.data.images import SUFFIXES
+from bilora_diffusion.data.folders import SUFFIXES
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.sampling import sample_pictures
 

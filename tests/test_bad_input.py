@@ -98,14 +98,20 @@ def test_flags(
     assert snapshot(old_run) == before
 
 
-def test_a_refused_flag_does_not_wait_for_torch() -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rank=0"], "--rank is 0"),
+        (["--pretrained_model_name_or_path=embedded", "--instance_data_dir=absent"], "absent is not there"),
+        (["--pretrained_model_name_or_path=embedded", "--instance_data_dir=docs"], "docs holds no pictures"),
+    ],
+)
+def test_a_refused_flag_does_not_wait_for_torch(words: list[str], said: str) -> None:
     """Told by a process that cannot even import it."""
-    code = (
-        "import sys; sys.modules['torch'] = None; from bilora_diffusion.cli import main; sys.exit(main(['--rank=0']))"
-    )
+    code = f"import sys; sys.modules['torch'] = None; from bilora_diffusion.cli import main; sys.exit(main({words}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr) and said in done.stderr
 
 
 # --- Folders and files ---

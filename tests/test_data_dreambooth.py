@@ -22,7 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from bilora_diffusion.data import dreambooth
 from bilora_diffusion.data.captions import CaptionRule
 from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset, Row, Shuffled, flatten
-from bilora_diffusion.data.images import SUFFIXES, resize
+from bilora_diffusion.data.folders import SUFFIXES
+from bilora_diffusion.data.images import resize
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
 from bilora_diffusion.errors import UserError
 

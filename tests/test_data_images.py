@@ -12,9 +12,9 @@ from PIL import Image, ImageCms, features
 from torchvision import transforms
 from torchvision.transforms import functional as stock
 
+from bilora_diffusion.data.folders import SUFFIXES
 from bilora_diffusion.data.images import (
     INTERPOLATIONS,
-    SUFFIXES,
     draw_view,
     load_image,
     prepare,

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.quality.concepts import dreambooth_concepts
-from bilora_diffusion.data.images import SUFFIXES, load_image, prepare
+from bilora_diffusion.data.folders import SUFFIXES
+from bilora_diffusion.data.images import load_image, prepare
 from bilora_diffusion.embedded import CONCEPT_FOLDER
 from bilora_diffusion.embedded.icons import SOLID_STYLE, Icons, drawings_of, from_bytes, shipped_lists, slug
 from bilora_diffusion.embedded.words import concept_caption, flat_caption

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -27,7 +27,6 @@ from bilora_diffusion.errors import UserError
 __all__ = [
     "INTERPOLATIONS",
     "SMALLEST_SIDE_PX",
-    "SUFFIXES",
     "Prepared",
     "Resolution",
     "Source",
@@ -47,9 +46,6 @@ Source = Path | bytes | Image.Image
 
 Resolution = int | tuple[int, int]
 """Of what the model sees: the side of a square, or (height, width), in px."""
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff") + ((".avif",) if features.check("avif") else ())
-"""File name endings taken for pictures, in lower case; compare without regard to case."""
 
 SMALLEST_SIDE_PX = 16
 

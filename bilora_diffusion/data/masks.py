@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bilora_diffusion.data.images import SUFFIXES, View
+from bilora_diffusion.data.folders import SUFFIXES
+from bilora_diffusion.data.images import View
 from bilora_diffusion.data.pictures import ALPHA, Picture
 from bilora_diffusion.data.reading import read_each
 from bilora_diffusion.errors import UserError

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from bilora_diffusion.data.images import SUFFIXES, Source, image_size, load_alpha, load_image, load_mask
+from bilora_diffusion.data.folders import SUFFIXES, names_of_pictures, no_pictures
+from bilora_diffusion.data.images import Source, image_size, load_alpha, load_image, load_mask
 from bilora_diffusion.data.reading import read_each
 from bilora_diffusion.errors import UserError
 
@@ -144,13 +145,11 @@ def find_pictures(
         UserError: the folder or `metadata.jsonl` is wrong, no picture is usable, or one has no caption.
     """
     folder = Path(folder)
-    own = _names_of_pictures(folder, "--instance_data_dir")
+    own = names_of_pictures(folder, "--instance_data_dir")
     captions, warnings = _metadata_captions(folder, caption_column)
     names = sorted({*own, *captions})
     if not names:
-        nested = any(_is_picture(path) for path in folder.glob("*/*"))
-        hint = "; its subfolders hold some: give one, or name them in metadata.jsonl" if nested else ""
-        raise UserError(f"--instance_data_dir {folder} holds no pictures (accepted: {' '.join(SUFFIXES)}){hint}")
+        raise no_pictures(folder, "--instance_data_dir")
     warnings += _warnings_of_unread(folder)
     candidates = (
         (name, folder / name, captions.get(name) or _sidecar_caption(folder / name) or instance_prompt)
@@ -177,7 +176,7 @@ def class_pictures(folder: str | Path, prompt: str, limit: int | None = None) ->
     folder = Path(folder)
     if not folder.exists():
         return [], []
-    names = _names_of_pictures(folder, "--class_data_dir")
+    names = names_of_pictures(folder, "--class_data_dir")
     wanted = len(names) if limit is None else min(limit, len(names))
     pictures, problems = _usable(((name, folder / name, prompt) for name in names), wanted)
     if problems:
@@ -232,21 +231,6 @@ def pictures_of_dataset(
             "prompt; give --caption_column text to train on it",
         )
     return pictures, problems
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _names_of_pictures(folder: Path, flag: str) -> list[str]:
-    if not folder.exists():
-        raise UserError(f"{flag} {folder} is not there: check the path")
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is a file: give the folder that holds the pictures")
-    try:
-        return sorted(path.name for path in folder.iterdir() if _is_picture(path))
-    except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be read: {error.strerror}") from error
 
 
 def _warnings_of_unread(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ from bilora_diffusion.bases.folder import BaseFolder
 from bilora_diffusion.bases.single_file import SDXL_CONFIG
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.buckets import make_buckets
-from bilora_diffusion.data.images import SUFFIXES
+from bilora_diffusion.data.folders import SUFFIXES
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.memory.parts import TEXT_ENCODERS, build_part, frozen_bytes, store
 from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic
