@@ -451,8 +451,14 @@ WRITTEN = (
 )
 
 
+WRITTEN_LIKE_OTHERS = ("auxiliary.safetensors", "training_state.pt", "state.json", "README.md")
+"""Run by `make test-slow`."""
+
+
 @forking
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[pytest.mark.slow] * (one in WRITTEN_LIKE_OTHERS)) for one in WRITTEN]
+)
 def test_a_disk_that_is_full_for_one_file(
     name: str, pictures: Path, old_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

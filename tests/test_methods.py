@@ -101,7 +101,14 @@ def test_training_changes_the_primary_and_nothing_of_the_base(build, method, pre
     assert {parameter.dtype for parameter in run.parameters(PRIMARY).values()} == {torch.float32}
 
 
-@every_method
+NO_ASCENT = ("dual-lora", "rwp-lora", "rwp-full", "obar", "nbar")
+RARER = (*NO_ASCENT, "s2-sam", "looksam", "eflat-lora")
+"""Whose passes are another one's. Run by `make test-slow`."""
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(one, marks=[pytest.mark.slow] * (one in RARER)) for one in METHOD_NAMES]
+)
 def test_gradient_checkpointing_gives_the_same_weights(build, method):
     plain, checkpointed = (
         build(method, train_text_encoder=True, gradient_checkpointing=on, **ACTIVE) for on in (False, True)
@@ -124,7 +131,13 @@ def test_checkpointing_is_really_on(build, monkeypatch):
     assert len(calls) > 5
 
 
-@pytest.mark.parametrize(("method", "prior"), [*((method, False) for method in METHOD_NAMES), ("bilora", True)])
+@pytest.mark.parametrize(
+    ("method", "prior"),
+    [
+        *(pytest.param(one, False, marks=[pytest.mark.slow] * (one in NO_ASCENT)) for one in METHOD_NAMES),
+        ("bilora", True),
+    ],
+)
 def test_four_micro_batches_of_one_equal_a_batch_of_four(build, method, prior):
     flags = {"with_prior_preservation": prior, "prior_loss_weight": 0.5, "adam_epsilon": 1e-4, **ACTIVE}
     flags["ascent_basis"] = "tracked"  # a sketch of four rows is not the sum of four sketches

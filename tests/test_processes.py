@@ -76,8 +76,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+RARER = ("normalized, class pictures", "base prediction")
+"""Run by `make test-slow`."""
+
+
 @forking
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=[pytest.mark.slow] * (one in RARER)) for one in KINDS])
 def test_two_with_batch_1_are_one_with_batch_2(kind: str, pictures: Path, class_pictures: Path, tmp_path: Path) -> None:
     flags = {
         "class_data_dir": class_pictures,

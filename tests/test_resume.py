@@ -82,8 +82,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp16": {"mixed_precision": "fp16", "center_crop": True, **SMALL},
     "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True, **SMALL},
 }
-RARER = ("bilora-sgd", "bilora-normalized", "bilora-fresh tracked", "pissa", "fp16")
-"""Run by `make test-slow`: each shares all but a detail with another one."""
+RARER = (
+    *("bilora-sgd", "bilora-normalized", "bilora-fresh tracked", "looksam", "prodigy"),
+    *("pissa", "lora-ga", "fp16", "bf16"),
+)
+"""Run by `make test-slow`: each shares all but a detail with another one, or has a shorter test elsewhere."""
 
 
 @pytest.fixture(scope="module")
