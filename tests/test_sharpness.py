@@ -230,6 +230,7 @@ def test_the_course_of_a_known_turn(tmp_path: Path):
         (["nowhere.safetensors", "--data", str(CONCEPT_FOLDER)], "nowhere.safetensors: no such file"),
         ([__file__, "--data", str(CONCEPT_FOLDER)], "never pickles"),
         (["x.safetensors", "--data", "nowhere"], "nowhere"),
+        ([str(CONCEPT_FOLDER / "metadata.jsonl"), "--data", "tests"], "--data tests holds no pictures"),
         (["x.safetensors", "--data", str(CONCEPT_FOLDER), "--draws", "0"], "--draws is 0"),
         (["x.safetensors", "--data", str(CONCEPT_FOLDER), "--run", "nowhere"], "--run nowhere: 0 checkpoint(s)"),
     ],

@@ -133,30 +133,37 @@ class Picture:
 
 
 def find_pictures(
-    folder: str | Path, *, instance_prompt: str | None, caption_column: str | None = None
+    folder: str | Path,
+    *,
+    instance_prompt: str | None,
+    caption_column: str | None = None,
+    flag: str = "--instance_data_dir",
 ) -> tuple[list[Picture], list[str]]:
-    """The pictures of `--instance_data_dir`, sorted by name, and warnings for the user.
+    """The pictures of a folder, sorted by name, and warnings for the user.
 
     Taken are the folder's own pictures (`SUFFIXES`; hidden files left out) and those in subfolders that
     `metadata.jsonl` names. A picture's caption is the first there is of: column `caption_column` (default
     `text`) of its line in `metadata.jsonl`; the `.txt` file beside it; the instance prompt.
 
+    Arguments:
+        flag: that named the folder.
+
     Raises:
         UserError: the folder or `metadata.jsonl` is wrong, no picture is usable, or one has no caption.
     """
     folder = Path(folder)
-    own = names_of_pictures(folder, "--instance_data_dir")
+    own = names_of_pictures(folder, flag)
     captions, warnings = _metadata_captions(folder, caption_column)
     names = sorted({*own, *captions})
     if not names:
-        raise no_pictures(folder, "--instance_data_dir")
+        raise no_pictures(folder, flag)
     warnings += _warnings_of_unread(folder)
     candidates = (
         (name, folder / name, captions.get(name) or _sidecar_caption(folder / name) or instance_prompt)
         for name in names
     )
     pictures, problems = _usable(candidates, len(names))
-    _require_some(pictures, problems, f"--instance_data_dir {folder}")
+    _require_some(pictures, problems, f"{flag} {folder}")
     _require_captions(
         pictures,
         "give --instance_prompt, a .txt file beside each picture, or metadata.jsonl with a column `text` "

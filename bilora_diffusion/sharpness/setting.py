@@ -95,7 +95,7 @@ def load_scene(
     Raises:
         UserError: a file or folder is missing or not what it should be.
     """
-    pictures, _ = find_pictures(str(data), instance_prompt=instance_prompt)
+    pictures, _ = find_pictures(str(data), instance_prompt=instance_prompt, flag="--data")
     resolution = resolution or base.native_resolution()
     pipeline = base.load(*PARTS, "vae", dtype=torch.float32)
     objective = build_objective(pipeline.scheduler)
