@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import methods
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, add_adapter, parameters_of
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, UNET, adapted_layers, add_adapter, parameters_of
 from bilora_diffusion.base_precision import precisions, store_base
 from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
@@ -45,7 +45,16 @@ from bilora_diffusion.prompts import EmbeddedPrompts, Prompts, TokenizedPrompts
 from bilora_diffusion.sampling import PromptEmbeddings, embed_for_sampling
 from bilora_diffusion.training import Trainer
 
-__all__ = ["Machine", "Parts", "assemble", "attach_primary", "enable_checkpointing", "free_memory", "read_pictures"]
+__all__ = [
+    "Machine",
+    "Parts",
+    "assemble",
+    "attach_primary",
+    "enable_checkpointing",
+    "free_memory",
+    "narrower_than",
+    "read_pictures",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +192,9 @@ def assemble(
     latents = _latents(config, machine, base, dataset)
     models = {UNET: _load_unet(config, machine, base), **models}
     attach_primary(config, models, seed)
+    narrow = narrower_than(config.rank, models)
+    if narrow and machine.is_main:
+        logger.warning(narrow)
     if initial is not None:
         copy_lora_into(models, initial, config.init_lora_from)
     make_batch = BatchMaker(
@@ -274,6 +286,22 @@ def attach_primary(config: TrainingConfig, models: Mapping[str, nn.Module], seed
         model.train()
         if config.gradient_checkpointing:
             enable_checkpointing(part, model)
+
+
+def narrower_than(rank: int, models: Mapping[str, nn.Module]) -> str | None:
+    """One line if the rank is above what some adapted layer can have, None if not."""
+    widths = [
+        min(layer.lora_A[PRIMARY].weight.shape[1], layer.lora_B[PRIMARY].weight.shape[0])
+        for model in models.values()
+        for _, layer in adapted_layers(model)
+    ]
+    too_narrow = sum(width < rank for width in widths)
+    if not too_narrow:
+        return None
+    return (
+        f"--rank {rank} is more than {too_narrow} of the {len(widths)} adapted layers can have: the narrowest is "
+        f"{min(widths)} wide, and what goes beyond a layer's width costs memory for nothing"
+    )
 
 
 def _compute_start(

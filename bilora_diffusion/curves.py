@@ -8,7 +8,7 @@ from bilora_diffusion.runs import Run
 __all__ = ["CURVE_TITLES", "Curve", "curves"]
 
 CURVE_TITLES = {
-    "loss": "Loss, smoothed",
+    "loss": "Training loss, with the method's own perturbation; smoothed",
     "c_over_rho": "c / rho: how far the auxiliary fills its ball",
     "loss_gap": "Loss gap: L(perturbed) - L(clean)",
 }

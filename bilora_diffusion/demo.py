@@ -13,6 +13,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from tqdm.auto import tqdm
 
 from bilora_diffusion.atomic import atomic_write
 from bilora_diffusion.bases import PARTS, Base
@@ -87,15 +88,17 @@ def draw(
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipeline = base.load(*PARTS, dtype=dtype).to(device)
     use_sampling_scheduler(pipeline)
-    columns = [Column("base", _sample(pipeline, prompts, count, steps, guidance_scale, config))]
+    bar = tqdm(total=(1 + len(folders)) * len(prompts), desc="drawing", unit="prompt")
+    columns = [Column("base", _sample(pipeline, prompts, count, steps, guidance_scale, config, bar))]
     for folder, run in zip(folders, configs, strict=True):
         with quiet_libraries():
             pipeline.load_lora_weights(str(folder / DIFFUSERS_FILE))
         label = METHOD_TITLES.get(run["method"], run["method"])
         if sum(other["method"] == run["method"] for other in configs) > 1:
             label = f"{label} ({folder.name})"
-        columns.append(Column(label, _sample(pipeline, prompts, count, steps, guidance_scale, config)))
+        columns.append(Column(label, _sample(pipeline, prompts, count, steps, guidance_scale, config, bar)))
         pipeline.unload_lora_weights()
+    bar.close()
     if names:
         columns.append(Column("true 3D icon", [_solid_icon(name) for name in names for _ in range(count)]))
     titles = [f"{name} (trained)" if name in TRAINED_ON else name for name in names for _ in range(count)]
@@ -118,12 +121,12 @@ def _sample(
     steps: int,
     guidance_scale: float,
     config: dict[str, Any],
+    bar: tqdm,
 ) -> list[Image.Image]:
     vae = pipeline.vae
-    return [
-        picture
-        for row, prompt in enumerate(prompts)
-        for picture in sample_pictures(
+    pictures = []
+    for row, prompt in enumerate(prompts):
+        pictures += sample_pictures(
             pipeline,
             prompt,
             numbers=range(row * count, (row + 1) * count),
@@ -133,7 +136,8 @@ def _sample(
             steps=steps,
             guidance_scale=guidance_scale,
         )
-    ]
+        bar.update(1)
+    return pictures
 
 
 def _solid_icon(name: str) -> Image.Image:

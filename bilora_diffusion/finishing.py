@@ -304,7 +304,8 @@ def _say(
 ) -> None:
     interrupted = summary["interrupted"]
     state = f"interrupted after step {progress.step}" if interrupted else f"done: {progress.step} steps"
-    logger.info(f"{state}, last loss {summary['final_loss']}")
+    last = summary["final_loss"]
+    logger.info(f"{state}, last loss {'none that is finite' if last is None else format(last, '.4g')}")
     for file, checked in zip(files, summary["verification"], strict=True):
         worst = max(checked["differences"].values())
         logger.info(f"{file}  ({checked['layers']} layers; loaded again, differs by {worst:.1e})")

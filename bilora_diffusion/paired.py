@@ -55,6 +55,11 @@ class Difference:
         return self.half is not None and abs(statistics.fmean(self.apart)) > self.half
 
     @property
+    def is_one_sided(self) -> bool:
+        """Whether every seed went the same way."""
+        return all(one > 0 for one in self.apart) or all(one < 0 for one in self.apart)
+
+    @property
     def is_zero(self) -> bool:
         """Whether both are the same in every seed."""
         return not any(self.apart)

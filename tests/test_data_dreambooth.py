@@ -106,6 +106,19 @@ def test_pictures_of_formats_that_are_not_read_are_worth_a_warning(tmp_path: Pat
     assert ".heic files, which are not used" in warning
 
 
+def test_captions_under_another_name_are_worth_a_warning(tmp_path: Path) -> None:
+    for name in ("dog 1.png", "dog 2.png", "dog 3.png"):
+        save(tmp_path / name)
+    for name in ("dog 1.txt", "dog_2.txt", "dog_3.png.txt"):
+        (tmp_path / name).write_text("a sks dog that runs")
+    pictures, (warning,) = find_pictures(tmp_path, instance_prompt="x")
+    assert [one.caption for one in pictures] == ["a sks dog that runs", "x", "x"]
+    assert "2 .txt file(s)" in warning and "first: dog_2.txt" in warning and "first: dog 2.png" in warning
+    (tmp_path / "dog 2.txt").write_text("")
+    (tmp_path / "dog 3.txt").write_text("")
+    assert find_pictures(tmp_path, instance_prompt="x")[1] == []
+
+
 def test_captions_metadata_then_sidecar_then_prompt(tmp_path: Path) -> None:
     for name in ("both.png", "meta.png", "null.png", "side.png", "empty.png", "none.png", "deep/er.png"):
         save(tmp_path / name)

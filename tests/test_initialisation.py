@@ -137,6 +137,13 @@ def test_a_rank_that_a_layer_has_not(build: Builder, start: str, most: int) -> N
         build("lora", init_lora_weights=start, rank=most + 1)
 
 
+def test_a_rank_that_no_layer_has_is_told(build: Builder) -> None:
+    models = build("lora", lora_layers="to_q", rank=65).parts.models
+    told = assembly.narrower_than(65, models)
+    assert "--rank 65 is more than " in told and "narrowest is 64 wide" in told
+    assert assembly.narrower_than(64, models) is None
+
+
 # The model
 
 

@@ -35,7 +35,7 @@ from bilora_diffusion.report.making import Options, make_report
 from bilora_diffusion.report.measuring import SIZES, Meter
 from bilora_diffusion.report.plan import check_methods, check_seeds, plan
 from bilora_diffusion.report.plots import COLOURS, INK, Line, Plot, mean_of, svg
-from bilora_diffusion.report.quantities import QUANTITIES, amount, compared
+from bilora_diffusion.report.quantities import QUANTITIES, amount, compared, mean
 from bilora_diffusion.report.running import Process, run_all
 from bilora_diffusion.report.splitting import split, write_folder
 from bilora_diffusion.report.verdict import caveat, gap_note, sentence, verdict
@@ -86,6 +86,9 @@ def test_a_difference_that_is_not_shown() -> None:
         "On 3 paired seeds Bi-LoRA's loss on the 4 held-out pictures was 0.5 % lower than LoRA's (95 %"
     )
     assert text.endswith("% higher): no difference was shown.") and "lower to" in text
+    wide = [0.15, 0.9], [0.1, 0.2]  # a forgotten base, say: t of two seeds is 12.7
+    assert said(*wide)[0] == "not shown" and said(*wide)[1].endswith("which so few seeds do not tell from chance.")
+    assert said([0.11, 0.19], [0.1, 0.2])[1].endswith("no difference was shown.")
 
 
 @pytest.mark.parametrize(("factor", "word"), [(0.97, "lower"), (1.03, "higher")])
@@ -114,7 +117,15 @@ def test_the_same_and_the_broken() -> None:
 def test_amounts_have_the_digits_that_count() -> None:
     loss, gap, drift = (BY_KEY[key] for key in ("held_out", "gap", "drift"))
     assert amount(loss, -0.0003) == "0.03 % lower" and amount(loss, 0.1234) == "12 % higher"
-    assert amount(gap, 0.00042) == "0.00042 higher" and amount(drift, -0.015) == "1.5 points lower"
+    assert amount(gap, 0.00042) == "0.042 points higher" and amount(drift, -0.015) == "1.5 points lower"
+
+
+def test_means_differ_by_what_the_difference_says() -> None:
+    """Arithmetic ones would call a method slower that the ratio calls faster."""
+    theirs, ours = [1.0, 1.0, 1.0], [0.5, 0.5, 2.4]
+    ratio = mean(BY_KEY["seconds"], ours) / mean(BY_KEY["seconds"], theirs)
+    assert ratio == pytest.approx(1 + paired_difference(ours, theirs, relative=True).mean) and ratio < 1
+    assert mean(BY_KEY["drift"], [-0.1, 0.3]) == pytest.approx(0.1) and math.isnan(mean(BY_KEY["seconds"], [math.nan]))
 
 
 def run_values(held_out: float, seconds: float = 1.0) -> dict[str, float | None]:
@@ -130,19 +141,27 @@ def test_the_verdict_compares_with_the_first_method() -> None:
     found = compared({"held_out": 0.3}, runs)
     assert [one.quantity.key for one in found] == ["held_out", "training", "seconds"]
     assert found[0].base == 0.3 and found[1].base is None
-    said = verdict(found, list(runs), held_out=2, inert={"bilora": "in 1 of 2 runs the auxiliary was inert"})
-    assert [one.outcome for one in said] == ["equal", "higher", "higher", "equal", "not measured"]
-    assert [one.leads for one in said] == [True, False, True, False, False]
-    assert "50 % higher" in said[1].text and "Flat-LoRA's loss" in said[2].text and "inert" in said[-1].text
-    none = verdict(compared({}, {"lora": runs["lora"]}), ["lora"], held_out=0, inert={})
+    said = verdict(found, list(runs), held_out=2, notes=[("bilora", "in 1 of 2 runs the auxiliary was inert")])
+    assert [one.outcome for one in said] == [
+        *("equal", "equal", "higher"),
+        *("higher", "equal", "equal"),
+        "not measured",
+    ]
+    assert [one.leads for one in said] == [True, False, False, True, False, False, False]
+    assert "training pictures was exactly" in said[1].text
+    assert "50 % higher" in said[2].text and "Flat-LoRA's loss" in said[3].text and "inert" in said[-1].text
+    none = verdict(compared({}, {"lora": runs["lora"]}), ["lora"], held_out=0, notes=[])
     assert "was not measured" in none[0].text and "nothing was compared" in none[1].text
     assert "one in twenty" in caveat(8, 3, 4) and "one in twenty" not in caveat(8, 1, 0)
     assert "cannot be told apart" in caveat(8, 1, 0)
 
 
 def test_a_negative_loss_gap_is_told() -> None:
-    assert gap_note("bilora", [0.01, 0.03]) == "Bi-LoRA's loss gap was +0.02, the mean of its runs."
-    assert "In 1 of 2 it was negative: the loss was lower with the perturbation" in gap_note("bilora", [-0.01, 0.03])
+    assert gap_note("bilora", [0.01, 0.03], [0.2, 0.6]) == (
+        "Bi-LoRA's loss gap was +0.02 (+5.0% of the loss without the perturbation), the mean of its runs."
+    )
+    negative = gap_note("bilora", [-0.01, 0.03], [0.2, 0.6])
+    assert "In 1 of 2 it was negative: the loss was lower with the perturbation" in negative
 
 
 # --- What is held out ---

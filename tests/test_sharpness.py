@@ -184,11 +184,14 @@ def test_the_command_measures_and_draws(run: Path, tmp_path: Path, capsys: pytes
     words = [str(run / "pytorch_lora_weights.safetensors"), "--data", str(CONCEPT_FOLDER), "--run", str(run)]
     words += ["--draws", "4", "--directions", "1", "--power_steps", "2", "--output_dir", str(tmp_path)]
     assert main(words) == 0
-    paths = capsys.readouterr().out.split()
+    *told, first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
+    paths = first, second, third, fourth, fifth
     assert sorted(Path(path).name for path in paths) == sorted(
         ["sharpness.json", "sharpness.png", "sharpness.svg", "course.png", "course.svg"]
     )
     report = json.loads((tmp_path / "sharpness.json").read_text())
+    assert f"{report['loss']:.5f}" in told[0] and len(told) == 3
+    assert f"top Hessian eigenvalue {report['full']['hessian']['eigenvalue']:.3g}" in told[2]
     for space in ("lora", "full"):
         found = report[space]
         middle = found["random"]["sizes"].index(0.0)
@@ -229,14 +232,15 @@ def test_the_course_of_a_known_turn(tmp_path: Path):
     [
         (["nowhere.safetensors", "--data", str(CONCEPT_FOLDER)], "nowhere.safetensors: no such file"),
         ([__file__, "--data", str(CONCEPT_FOLDER)], "never pickles"),
-        (["x.safetensors", "--data", "nowhere"], "nowhere"),
-        ([str(CONCEPT_FOLDER / "metadata.jsonl"), "--data", "tests"], "--data tests holds no pictures"),
+        (["x.safetensors", "--data", "nowhere"], "--data nowhere is not there"),
+        (["x.safetensors", "--data", "tests"], "--data tests holds no pictures"),
         (["x.safetensors", "--data", str(CONCEPT_FOLDER), "--draws", "0"], "--draws is 0"),
         (["x.safetensors", "--data", str(CONCEPT_FOLDER), "--run", "nowhere"], "--run nowhere: 0 checkpoint(s)"),
     ],
 )
-def test_mistakes_get_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture):
-    assert main(words) == 2
+def test_mistakes_get_one_line(words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    assert main([word.replace("x.safetensors", str(tmp_path / "x.safetensors")) for word in words]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and told in message and message.count("\n") == 1
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ __all__ = ["ALPHA", "DatasetCell", "Picture", "class_pictures", "find_pictures",
 ALPHA: Literal["alpha"] = "alpha"
 """In the place of a mask's file: the mask is the picture's own transparency."""
 
+TEXT_SUFFIXES = (".txt", ".TXT")
 _UNREAD_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".psd", ".svg")
 """Endings of pictures, not of strays: leaving them out is worth a warning."""
 
@@ -157,7 +158,7 @@ def find_pictures(
     names = sorted({*own, *captions})
     if not names:
         raise no_pictures(folder, flag)
-    warnings += _warnings_of_unread(folder)
+    warnings += _warnings_of_unread(folder) + _warnings_of_captions(folder, names, captions)
     candidates = (
         (name, folder / name, captions.get(name) or _sidecar_caption(folder / name) or instance_prompt)
         for name in names
@@ -248,6 +249,20 @@ def _warnings_of_unread(folder: Path) -> list[str]:
     return [f"{folder} also holds {' '.join(unread)} files, which are not used: convert them to .jpg or .png"]
 
 
+def _warnings_of_captions(folder: Path, names: Sequence[str], captions: Mapping[str, str]) -> list[str]:
+    """Of text files that would be captions if they were named like the pictures that have none."""
+    without = [name for name in names if not captions.get(name) and _sidecar(folder / name) is None]
+    stems = {Path(name).stem for name in names}
+    texts = sorted(path for path in folder.iterdir() if path.suffix in TEXT_SUFFIXES and not path.name.startswith("."))
+    strays = [path.name for path in texts if path.stem not in stems]
+    if not without or not strays or len(texts) == 1 < len(names):  # one alone may be a note
+        return []
+    return [
+        f"{len(strays)} .txt file(s) of {folder} belong to no picture (first: {strays[0]}), and {len(without)} "
+        f"picture(s) have no caption of their own (first: {without[0]}): a caption is named like its picture"
+    ]
+
+
 def _caption(value: object, where: str) -> str:
     """The caption without blanks around it, "" for none."""
     if value is None:
@@ -266,11 +281,14 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def _sidecar(picture: Path) -> Path | None:
+    """The text file beside a picture, if there is one."""
+    return next((path for suffix in TEXT_SUFFIXES if (path := picture.with_suffix(suffix)).is_file()), None)
+
+
 def _sidecar_caption(picture: Path) -> str:
-    for suffix in (".txt", ".TXT"):
-        if (path := picture.with_suffix(suffix)).is_file():
-            return _read_text(path).strip()
-    return ""
+    path = _sidecar(picture)
+    return _read_text(path).strip() if path else ""
 
 
 def _metadata_captions(folder: Path, caption_column: str | None) -> tuple[dict[str, str], list[str]]:

@@ -1,5 +1,6 @@
 """From what was measured to what the page shows: texts, tables, pictures and curves."""
 
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from bilora_diffusion.report.measuring import SIZES
 from bilora_diffusion.report.page import PNG_UP_TO_PX, Cell, Table
 from bilora_diffusion.report.plan import title
 from bilora_diffusion.report.plots import Line, Plot
-from bilora_diffusion.report.quantities import Compared, amount, number
+from bilora_diffusion.report.quantities import Compared, amount, mean, number
 from bilora_diffusion.report.results import Results, RunResult
 from bilora_diffusion.report.verdict import caveat, gap_note
 from bilora_diffusion.runs import Run
@@ -177,7 +178,7 @@ def _table(results: Results, found: Sequence[Compared], keys: Iterable[str]) -> 
         cells = []
         if BASE in heads:
             cells.append("" if one.base is None else number(kind, one.base))
-        cells += [number(kind, sum(values) / len(values)) for values in one.values.values()]
+        cells += [number(kind, mean(one.quantity, values)) for values in one.values.values()]
         cells += [_difference(one, method) for method in methods[1:]]
         rows.append((one.quantity.title, one.quantity.meaning, cells))
     return Table(heads, rows, plain)
@@ -202,7 +203,7 @@ def _cost_note(results: Results) -> str:
     devices = sorted({str(run.summary.get("device")) for run in results.runs})
     return (
         f"Measured in these runs, on {', '.join(devices)}, one after another. What else the machine did "
-        "meanwhile is in the times too."
+        "meanwhile is in the times too. Means of times and memory are geometric, as their differences are ratios."
     )
 
 
@@ -244,9 +245,11 @@ def _training_plots(results: Results) -> list[Plot]:
 def _gap_notes(results: Results) -> list[str]:
     notes = []
     for method, some in results.by_method.items():
-        gaps = [gap for run in some if (gap := run.summary.get("loss_gap")) is not None]
-        if gaps:
-            notes.append(gap_note(method, gaps))
+        measured = [run for run in some if run.summary.get("loss_gap") is not None]
+        if measured:
+            gaps = [run.summary["loss_gap"] for run in measured]
+            clean = [statistics.fmean(run.summary["clean_losses"]) for run in measured]
+            notes.append(gap_note(method, gaps, clean))
     return notes
 
 

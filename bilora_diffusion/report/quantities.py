@@ -1,12 +1,14 @@
 """What is compared: each quantity of the runs with its meaning, and its paired differences to the first method."""
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from bilora_diffusion.paired import Difference, paired_difference
 
-__all__ = ["QUANTITIES", "Compared", "Quantity", "Values", "amount", "compared", "number"]
+__all__ = ["QUANTITIES", "Compared", "Quantity", "Values", "amount", "compared", "mean", "number"]
 
 SHARPNESS_SIZE = 0.05
 """Where the rise of the loss is read off: a step of a twentieth of the factors' norm."""
@@ -56,10 +58,11 @@ QUANTITIES = (
     ),
     Quantity(
         "gap",
-        "held-out minus training",
+        "held-out above training",
         "gap between held-out and training loss",
-        "what the loss on the training pictures hides: higher is more overfitting",
-        "loss",
+        "by how much the first is above the second: a lower gap is less overfitting only where the training loss is "
+        "not higher",
+        "percent",
         False,
     ),
     Quantity(
@@ -166,6 +169,13 @@ def compared(base: Values, runs: Mapping[str, Sequence[Values]]) -> list[Compare
         }
         found.append(Compared(quantity, base.get(quantity.key), values, differences))
     return found
+
+
+def mean(quantity: Quantity, values: Sequence[float]) -> float:
+    """Of the seeds: geometric where differences are shares, so that the means differ by what the difference says."""
+    if quantity.relative and all(value > 0 and math.isfinite(value) for value in values):
+        return statistics.geometric_mean(values)
+    return sum(values) / len(values)
 
 
 def number(kind: Kind, value: float) -> str:

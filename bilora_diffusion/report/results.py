@@ -18,6 +18,9 @@ from bilora_diffusion.report.verdict import Sentence, verdict
 
 __all__ = ["Results", "RunResult", "to_json"]
 
+NOTES = ("inert", "too_strong", "leaning")
+"""Of a run's summary: what its perturbation did wrong, None where nothing."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -47,7 +50,7 @@ class RunResult:
         values: dict[str, float | None] = {
             "training": losses["training"],
             "held_out": losses.get("held_out"),
-            "gap": losses["held_out"] - losses["training"] if "held_out" in losses else None,
+            "gap": losses["held_out"] / losses["training"] - 1 if "held_out" in losses else None,
             "seconds": self.summary.get("seconds_per_step"),
             "memory": self.summary.get("peak_memory_bytes"),
             **self.similarities,
@@ -101,12 +104,13 @@ class Results:
         return compared(self.base.values(self.base), runs)
 
     def verdict(self) -> list[Sentence]:
-        inert = {}
+        notes = []
         for method, some in self.by_method.items():
-            said = [run.summary["inert"] for run in some if run.summary.get("inert")]
-            if said:
-                inert[method] = f"in {len(said)} of {len(some)} runs {said[0]}"
-        return verdict(self.compared(), self.methods, held_out=len(self.held_out), inert=inert)
+            for name in NOTES:
+                said = [run.summary[name] for run in some if run.summary.get(name)]
+                if said:
+                    notes.append((method, f"in {len(said)} of {len(some)} runs {said[0]}"))
+        return verdict(self.compared(), self.methods, held_out=len(self.held_out), notes=notes)
 
 
 def to_json(results: Results) -> dict[str, Any]:

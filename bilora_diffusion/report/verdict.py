@@ -1,6 +1,6 @@
 """What the paired numbers say, in plain words, and never more than they carry."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -10,8 +10,10 @@ from bilora_diffusion.report.quantities import Compared, Quantity, amount
 
 __all__ = ["Sentence", "caveat", "gap_note", "sentence", "verdict"]
 
-TOLD = ("held_out", "gap", "drift", "nearest", "sharpness", "seconds")
+TOLD = ("held_out", "training", "gap", "drift", "nearest", "sharpness", "seconds")
 """The quantities that the verdict has a sentence about; the tables have all."""
+FEW_SEEDS = 4
+"""Up to so many the interval is so wide that even a large difference, the same way in each, is often not shown."""
 Outcome = Literal["lower", "higher", "not shown", "one seed", "equal", "not measured"]
 
 
@@ -31,13 +33,13 @@ class Sentence:
 
 
 def verdict(
-    found: Sequence[Compared], methods: Sequence[str], *, held_out: int, inert: Mapping[str, str]
+    found: Sequence[Compared], methods: Sequence[str], *, held_out: int, notes: Sequence[tuple[str, str]]
 ) -> list[Sentence]:
     """The sentences about every method against the first.
 
     Arguments:
         held_out: how many pictures were.
-        inert: what a method's runs said of an auxiliary that did nothing, by method.
+        notes: (method, what its runs said of a perturbation that did nothing, too much or the opposite).
     """
     by_key = {one.quantity.key: one for one in found}
     sentences = []
@@ -49,7 +51,7 @@ def verdict(
             difference, seeds = one.differences[method], len(one.values[method])
             said = sentence(one.quantity, method, methods[0], difference, seeds, held_out)
             sentences.append(replace(said, leads=number == 0))
-    for method, text in inert.items():
+    for method, text in notes:
         sentences.append(Sentence(f"{title(method)}: {text}.", "not measured"))
     if len(methods) == 1:
         sentences.append(Sentence(f"Only {title(methods[0])} was trained: nothing was compared.", "not measured"))
@@ -73,20 +75,27 @@ def sentence(
     low, high = (amount(quantity, end) for end in difference.interval)
     start = f"On {seeds} paired seeds {is_than} (95 % interval: {low} to {high})"
     if not difference.is_shown:
+        if seeds <= FEW_SEEDS and difference.is_one_sided:
+            text = f"{start}: the same way in each, which so few seeds do not tell from chance."
+            return Sentence(text, "not shown")
         return Sentence(f"{start}: no difference was shown.", "not shown")
     return Sentence(
         f"{start}: more than the chance of the seeds explains.", "lower" if difference.mean < 0 else "higher"
     )
 
 
-def gap_note(method: str, gaps: Sequence[float]) -> str:
+def gap_note(method: str, gaps: Sequence[float], clean: Sequence[float]) -> str:
     """What the loss gaps of a method's runs say; a negative one means more than an auxiliary that does nothing.
 
     Arguments:
         gaps: the mean of each run, L(perturbed) - L(clean).
+        clean: and of L(clean), on the same draws.
     """
     below = sum(gap < 0 for gap in gaps)
-    text = f"{title(method)}'s loss gap was {sum(gaps) / len(gaps):+.2g}, the mean of its runs."
+    text = (
+        f"{title(method)}'s loss gap was {sum(gaps) / len(gaps):+.2g} ({sum(gaps) / sum(clean):+.1%} of the loss "
+        "without the perturbation), the mean of its runs."
+    )
     if below:
         text += (
             f" In {below} of {len(gaps)} it was negative: the loss was lower with the perturbation than without it, "

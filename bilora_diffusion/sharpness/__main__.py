@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bilora_diffusion.commands import exit_code
+from bilora_diffusion.data.folders import check_folder
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.sharpness.plots import SPACES
 
 __all__ = ["main"]
 
@@ -25,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         _check(arguments)
-        for path in _measure(arguments):
-            print(path)
+        for line in _measure(arguments):
+            print(line)
 
     return exit_code(work)
 
@@ -60,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    """What can be told before torch is imported."""
+    if arguments.lora.suffix != ".safetensors":
+        raise UserError(f"{arguments.lora}: only .safetensors files are read, never pickles")
+    if not arguments.lora.is_file():
+        raise UserError(f"{arguments.lora}: no such file")
+    check_folder(arguments.data, "--data")
     for name, least in (("draws", 1), ("batch_size", 1), ("directions", 1), ("power_steps", 0)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name} is {getattr(arguments, name)}: give {least} or more")
@@ -69,7 +77,8 @@ def _check(arguments: argparse.Namespace) -> None:
         need_matplotlib(way_out=", or give --no-plots")
 
 
-def _measure(arguments: argparse.Namespace) -> list[Path]:
+def _measure(arguments: argparse.Namespace) -> list[object]:
+    """Returns the lines to print: the numbers in short, and the written files."""
     import torch
     from tqdm.auto import tqdm
 
@@ -132,7 +141,26 @@ def _measure(arguments: argparse.Namespace) -> list[Path]:
     except OSError as error:
         raise UserError(f"--output_dir {arguments.output_dir} cannot be used as a folder: {error.strerror}") from error
     write_text_atomically(path, strict_json(report))
-    return [path, *(draw(report, arguments.output_dir) if arguments.plots else [])]
+    return [*_in_short(report), path, *(draw(report, arguments.output_dir) if arguments.plots else [])]
+
+
+def _in_short(report: dict) -> list[str]:
+    lines = [f"loss {report['loss']:.5f}, the mean of {report['draws']} draws"]
+    for space, name in SPACES.items():
+        if space not in report:
+            continue
+        found, loss = report[space], report["loss"]
+        random, worst = found["random"], found["worst_case"]
+        told = [
+            f"{random['mean'][RANDOM_SIZES.index(0.25)] / loss - 1:+.1%} at size 0.25 of random directions",
+            f"{worst['losses'][WORST_SIZES.index(0.01)] / loss - 1:+.1%} after 1% of the norm along the gradient",
+        ]
+        if "hessian" in found:
+            told.append(f"top Hessian eigenvalue {found['hessian']['eigenvalue']:.3g}")
+        if "gradient" in found:
+            told.append(f"{found['gradient']['share']:.0%} of the gradient has rank {found['gradient']['rank']}")
+        lines.append(f"{name}: {'; '.join(told)}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from typing import Any
 from bilora_diffusion.atomic import atomic_write
 from bilora_diffusion.errors import UserError
 
-__all__ = ["draw", "need_matplotlib"]
+__all__ = ["SPACES", "draw", "need_matplotlib"]
 
+SPACES = {"lora": "factors", "full": "merged weights"}
+"""As people read them, by their names in the report."""
 ENDINGS = ("png", "svg")
 
 
@@ -23,18 +25,21 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     """Writes `sharpness.png` and `.svg`, with `--run` also `course.png` and `.svg`; returns their paths."""
     from matplotlib.figure import Figure
 
-    spaces = [space for space in ("lora", "full") if space in report]
+    spaces = [space for space in SPACES if space in report]
     figure = Figure(figsize=(5 * len(spaces), 6.5), layout="constrained")
     axes = figure.subplots(2, len(spaces), squeeze=False)
     for column, space in enumerate(spaces):
         random, worst = report[space]["random"], report[space]["worst_case"]
         above, below = axes[0, column], axes[1, column]
-        for losses in random["losses"]:
-            above.plot(random["sizes"], losses, color="0.8", linewidth=1)
-        above.plot(random["sizes"], random["mean"], color="tab:blue")
-        above.set(title=f"{space}: random directions", xlabel="size (1 = the norm of each row)", ylabel="loss")
+        name = SPACES[space].capitalize()
+        for number, losses in enumerate(random["losses"]):
+            above.plot(random["sizes"], losses, color="0.7", linewidth=1, label=None if number else "one direction")
+        above.plot(random["sizes"], random["mean"], color="tab:blue", label=f"mean of {len(random['losses'])}")
+        above.set(title=f"{name}: random directions", xlabel="size (1 = the norm of each row)", ylabel="loss")
+        above.legend(frameon=False)
         below.plot([0.0, *worst["sizes"]], [report["loss"], *worst["losses"]], color="tab:red", marker=".")
-        below.set(title=f"{space}: along the gradient", xlabel="length / norm of the weights", ylabel="loss")
+        below.set(title=f"{name}: along the gradient", xlabel="length / norm of the weights", ylabel="loss")
+        below.text(0.03, 0.97, _numbers(report[space]), transform=below.transAxes, va="top", fontsize="small")
     written = _save(figure, folder, "sharpness")
     if "course" in report:
         course = report["course"]
@@ -47,6 +52,17 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
         axis.legend()
         written += _save(figure, folder, "course")
     return written
+
+
+def _numbers(found: dict[str, Any]) -> str:
+    lines = []
+    if "hessian" in found:
+        lines.append(f"top Hessian eigenvalue: {found['hessian']['eigenvalue']:.3g}")
+    if "gradient" in found:
+        lines.append(
+            f"share of the gradient that has rank {found['gradient']['rank']}: {found['gradient']['share']:.0%}"
+        )
+    return "\n".join(lines)
 
 
 def _save(figure, folder: Path, name: str) -> list[Path]:

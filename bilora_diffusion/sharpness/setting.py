@@ -15,7 +15,6 @@ from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
 from bilora_diffusion.data.latents import CachedLatents
 from bilora_diffusion.data.pictures import Picture, find_pictures
 from bilora_diffusion.diffusion import Objective, build_objective
-from bilora_diffusion.errors import UserError
 from bilora_diffusion.generation.loras import load_adapter
 from bilora_diffusion.prompts import TokenizedPrompts
 from bilora_diffusion.sharpness.landscape import Landscape
@@ -152,10 +151,6 @@ def fixed_batches(
 
 
 def _put_on(pipeline, lora: Path) -> tuple[int, int]:
-    if lora.suffix != ".safetensors":
-        raise UserError(f"{lora}: only .safetensors files are read, never pickles")
-    if not lora.is_file():
-        raise UserError(f"{lora}: no such file")
     load_adapter(pipeline, lora, ADAPTER, str(lora))
     layers = [layer for part in PARTS for _, layer in adapted_layers(getattr(pipeline, part))]
     return max(layer.lora_A[ADAPTER].weight.shape[0] for layer in layers), len(layers)
