@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from bilora_diffusion.runs import Run
 
-__all__ = ["CURVE_TITLES", "Curve", "curves"]
+__all__ = ["CURVE_TITLES", "Curve", "curves", "mean_of"]
 
 CURVE_TITLES = {
     "loss": "Training loss, with the method's own perturbation; smoothed",
@@ -28,6 +28,16 @@ def curves(runs: Sequence[Run]) -> dict[str, dict[str, Curve]]:
             if curve:
                 by_run[run.name] = _thinned(_smoothed(curve, window) if name == "loss" else curve)
     return found
+
+
+def mean_of(curves: Sequence[Curve]) -> Curve:
+    """The mean at the steps that all curves have."""
+    tables = [dict(curve) for curve in curves]
+    return [
+        (step, sum(table[step] for table in tables) / len(tables))
+        for step, _ in curves[0]
+        if all(step in table for table in tables)
+    ]
 
 
 def _is_number(value: object) -> bool:

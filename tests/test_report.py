@@ -21,6 +21,7 @@ from whole_run import Forked, forking, interrupted_after, metrics, quickened
 
 from bilora_diffusion.bases import Base
 from bilora_diffusion.cli import main as train
+from bilora_diffusion.curves import mean_of
 from bilora_diffusion.data.pictures import find_pictures
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.embedded import CONCEPT_FOLDER
@@ -34,11 +35,11 @@ from bilora_diffusion.report.drawing import most_alike
 from bilora_diffusion.report.making import Options, make_report
 from bilora_diffusion.report.measuring import SIZES, Meter
 from bilora_diffusion.report.plan import check_methods, check_seeds, plan
-from bilora_diffusion.report.plots import COLOURS, INK, Line, Plot, mean_of, svg
+from bilora_diffusion.report.plots import COLOURS, INK, Line, Plot, svg
 from bilora_diffusion.report.quantities import QUANTITIES, amount, compared, mean
 from bilora_diffusion.report.running import Process, run_all
 from bilora_diffusion.report.splitting import split, write_folder
-from bilora_diffusion.report.verdict import caveat, gap_note, sentence, verdict
+from bilora_diffusion.report.verdict import caveat, gap_note, overfitting, sentence, verdict
 from bilora_diffusion.run_folder import DIFFUSERS_FILE
 from bilora_diffusion.runs import LOG_FILE, START_FILE, launch
 from bilora_diffusion.sharpness.setting import load_scene
@@ -87,7 +88,9 @@ def test_a_difference_that_is_not_shown() -> None:
     )
     assert text.endswith("% higher): no difference was shown.") and "lower to" in text
     wide = [0.15, 0.9], [0.1, 0.2]  # a forgotten base, say: t of two seeds is 12.7
-    assert said(*wide)[0] == "not shown" and said(*wide)[1].endswith("which so few seeds do not tell from chance.")
+    assert said(*wide)[0] == "not shown" and said(*wide)[1].endswith(
+        "every seed went the same way, but so few cannot rule out chance."
+    )
     assert said([0.11, 0.19], [0.1, 0.2])[1].endswith("no difference was shown.")
 
 
@@ -154,6 +157,16 @@ def test_the_verdict_compares_with_the_first_method() -> None:
     assert "was not measured" in none[0].text and "nothing was compared" in none[1].text
     assert "one in twenty" in caveat(8, 3, 4) and "one in twenty" not in caveat(8, 1, 0)
     assert "cannot be told apart" in caveat(8, 1, 0)
+
+
+def test_overfitting_is_told_and_where_to_stop() -> None:
+    one = overfitting("lora", [[(50.0, 0.08), (100.0, 0.10), (150.0, 0.11)], [(50.0, 0.10), (150.0, 0.11)]])
+    assert one.outcome == "too long" and "lowest at step 50, and 22 % higher at step 150" in one.text
+    assert "checkpoint-50 " in one.text
+    assert overfitting("lora", [[(50.0, 0.11), (150.0, 0.10)]]) is None
+    assert (
+        overfitting("lora", [[(50.0, 0.100), (150.0, 0.1001)]]) is None and overfitting("lora", [[(9.0, 1.0)]]) is None
+    )
 
 
 def test_a_negative_loss_gap_is_told() -> None:

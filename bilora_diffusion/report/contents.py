@@ -216,11 +216,7 @@ def _losses_plots(results: Results) -> list[Plot]:
     names = [name for name in ("held_out", "training") if name in results.base.losses]
     for place, (method, some) in enumerate(results.by_method.items()):
         for name in names:
-            courses = []
-            for run in some:
-                points = {0: results.base.losses[name]} | {step: losses[name] for step, losses in run.course}
-                points[run.summary["steps"]] = run.losses[name]
-                courses.append(sorted((float(step), value) for step, value in points.items()))
+            courses = [[(0.0, results.base.losses[name]), *run.course_of(name)] for run in some]
             label = f"{title(method)}, {'held out' if name == 'held_out' else 'training'}"
             lines.append(Line(label, place, courses, dashed=name == "training"))
     if not any(run.course for run in results.runs):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilora_diffusion.atomic import atomic_write
-from bilora_diffusion.curves import Curve
+from bilora_diffusion.curves import Curve, mean_of
 
-__all__ = ["COLOURS", "Line", "Plot", "mean_of", "save_png", "svg"]
+__all__ = ["COLOURS", "Line", "Plot", "save_png", "svg"]
 
 COLOURS = ("#6366f1", "#e8590c", "#2b8a3e", "#c2255c", "#0c8599", "#a07800")
 """Of the first, second, ... method; readable on white and on black."""
@@ -63,16 +63,6 @@ def save_png(plot: Plot, folder: Path) -> Path:
     with atomic_write(path) as temporary:
         _draw(plot, "black", temporary, "png")
     return path
-
-
-def mean_of(curves: Sequence[Curve]) -> Curve:
-    """The mean at the steps that all curves have."""
-    tables = [dict(curve) for curve in curves]
-    return [
-        (step, sum(table[step] for table in tables) / len(tables))
-        for step, _ in curves[0]
-        if all(step in table for table in tables)
-    ]
 
 
 def _draw(plot: Plot, ink: str, target: io.StringIO | Path, kind: str) -> None:

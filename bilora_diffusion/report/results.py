@@ -8,13 +8,14 @@ from typing import Any
 from PIL import Image
 
 from bilora_diffusion.config import as_dict
+from bilora_diffusion.curves import Curve
 from bilora_diffusion.data.pictures import Picture
 from bilora_diffusion.finishing import package_versions
 from bilora_diffusion.report.drawing import Copy, Row
 from bilora_diffusion.report.measuring import SIZES
 from bilora_diffusion.report.plan import Training
 from bilora_diffusion.report.quantities import SHARPNESS_SIZE, Compared, Values, compared
-from bilora_diffusion.report.verdict import Sentence, verdict
+from bilora_diffusion.report.verdict import Sentence, overfitting, verdict
 
 __all__ = ["Results", "RunResult", "to_json"]
 
@@ -43,6 +44,11 @@ class RunResult:
     course: Sequence[tuple[int, Mapping[str, float]]]
     similarities: Mapping[str, float | None]
     copy: Copy | None
+
+    def course_of(self, name: str) -> Curve:
+        """(step, loss) of a set at the checkpoints and after the last step."""
+        points = [*((step, losses[name]) for step, losses in self.course), (self.summary["steps"], self.losses[name])]
+        return sorted((float(step), loss) for step, loss in points)
 
     def values(self, base: "RunResult") -> Values:
         """The quantities that are compared."""
@@ -110,7 +116,11 @@ class Results:
                 said = [run.summary[name] for run in some if run.summary.get(name)]
                 if said:
                     notes.append((method, f"in {len(said)} of {len(some)} runs {said[0]}"))
-        return verdict(self.compared(), self.methods, held_out=len(self.held_out), notes=notes)
+        said = verdict(self.compared(), self.methods, held_out=len(self.held_out), notes=notes)
+        if self.held_out:
+            courses = {name: [run.course_of("held_out") for run in some] for name, some in self.by_method.items()}
+            said += filter(None, (overfitting(name, some) for name, some in courses.items()))
+        return said
 
 
 def to_json(results: Results) -> dict[str, Any]:

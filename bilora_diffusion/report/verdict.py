@@ -4,17 +4,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from bilora_diffusion.curves import Curve, mean_of
 from bilora_diffusion.paired import Difference
 from bilora_diffusion.report.plan import title
 from bilora_diffusion.report.quantities import Compared, Quantity, amount
 
-__all__ = ["Sentence", "caveat", "gap_note", "sentence", "verdict"]
+__all__ = ["Sentence", "caveat", "gap_note", "overfitting", "sentence", "verdict"]
 
 TOLD = ("held_out", "training", "gap", "drift", "nearest", "sharpness", "seconds")
 """The quantities that the verdict has a sentence about; the tables have all."""
 FEW_SEEDS = 4
 """Up to so many the interval is so wide that even a large difference, the same way in each, is often not shown."""
-Outcome = Literal["lower", "higher", "not shown", "one seed", "equal", "not measured"]
+WORTH_STOPPING = 0.01
+"""The least rise of the held-out loss behind its lowest point, as a share, that a word is said about."""
+Outcome = Literal["lower", "higher", "not shown", "one seed", "equal", "not measured", "too long"]
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,31 @@ def sentence(
     start = f"On {seeds} paired seeds {is_than} (95 % interval: {low} to {high})"
     if not difference.is_shown:
         if seeds <= FEW_SEEDS and difference.is_one_sided:
-            text = f"{start}: the same way in each, which so few seeds do not tell from chance."
+            text = f"{start}: every seed went the same way, but so few cannot rule out chance."
             return Sentence(text, "not shown")
         return Sentence(f"{start}: no difference was shown.", "not shown")
     return Sentence(
         f"{start}: more than the chance of the seeds explains.", "lower" if difference.mean < 0 else "higher"
     )
+
+
+def overfitting(method: str, courses: Sequence[Curve]) -> Sentence | None:
+    """Where to stop, if the loss on the held-out pictures was lower at a checkpoint than after the last step.
+
+    Arguments:
+        courses: of each run, its loss on the held-out pictures at its checkpoints and, last, at its end.
+    """
+    mean = mean_of(courses)
+    best_step, best = min(mean, key=lambda point: point[1])
+    last_step, last = mean[-1]
+    if best_step == last_step or not last / best > 1 + WORTH_STOPPING:
+        return None
+    text = (
+        f"{title(method)} overfits: its loss on the held-out pictures was lowest at step {best_step:.0f}, and "
+        f"{100 * (last / best - 1):.2g} % higher at step {last_step:.0f}. The LoRA of that step is in checkpoint-{best_step:.0f} "
+        "of each run's folder (chosen on these same pictures, which flatters it)."
+    )
+    return Sentence(text, "too long")
 
 
 def gap_note(method: str, gaps: Sequence[float], clean: Sequence[float]) -> str:
