@@ -100,8 +100,8 @@ def overfitting(method: str, courses: Sequence[Curve]) -> Sentence | None:
         return None
     text = (
         f"{title(method)} overfits: its loss on the held-out pictures was lowest at step {best_step:.0f}, and "
-        f"{100 * (last / best - 1):.2g} % higher at step {last_step:.0f}. The LoRA of that step is in checkpoint-{best_step:.0f} "
-        "of each run's folder (chosen on these same pictures, which flatters it)."
+        f"{100 * (last / best - 1):.2g} % higher at step {last_step:.0f}. The LoRA of that step is in "
+        f"checkpoint-{best_step:.0f} of each run's folder (chosen on these same pictures, which flatters it)."
     )
     return Sentence(text, "too long")
 
