@@ -107,12 +107,12 @@ def _grid(results: Results, rows: Sequence[tuple[int, Row]]) -> Grid:
     for number_, row in rows:
         prompt, seed = row.settings.prompt, row.settings.seed
         cells = [
-            Cell(results.drawn[name][number_], f"drawn by {label}, seed {seed}: {prompt}", label)
+            Cell(results.drawn[name][number_], f"drawn by {label}, picture seed {seed}: {prompt}", label)
             for label, name in columns
         ]
         if row.true is not None:
             cells.append(Cell(row.true.load(), f"the held-out picture: {prompt}", "held-out picture"))
-        found.append((f"{prompt} (seed {seed})", cells))
+        found.append((f"{prompt} (picture seed {seed})", cells))
     return found
 
 
@@ -268,8 +268,9 @@ def _details(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     config = results.runs[0].training.config
     changed = [(f"--{name}", str(value)) for name, value in as_dict(config).items() if value != FLAGS[name].default]
     pictures = [("trained on", _names(results.trained)), ("held out", _names(results.held_out) or "none")]
-    rows = [(f"row {n}", f"{row.settings.prompt} (seed {row.settings.seed})") for n, row in enumerate(results.rows, 1)]
-    drawing = results.rows[0].settings
+    asked = [row.settings for row in results.rows]
+    rows = [(f"row {n}", f"{one.prompt} (picture seed {one.seed})") for n, one in enumerate(asked, 1)]
+    drawing = asked[0]
     settings = [
         ("denoising steps", str(drawing.steps)),
         ("guidance scale", f"{drawing.guidance_scale:g}"),
