@@ -361,6 +361,8 @@ def test_the_gradient_rises_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         sum(line.startswith(("| this batch's gradient |", "| bilora-fresh, lr 0.001, rho 0.2 |")) for line in lines)
         == 2
     )
+    (own,) = (line for line in lines if line.startswith("| bilora-fresh, lr 0.001, rho 0.2 | +"))
+    assert own.split(" | ")[-2] == f"{seen['own'][1] / seen['gradient'][1]:.3f}"
 
 
 def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: laboratory.Laboratory):

@@ -142,7 +142,9 @@ def _candidates(some: Sequence[dict[str, Any]], best: Mapping[str, Configuration
 def _rises(some: Sequence[dict[str, Any]]) -> list[str]:
     """A row for each direction: first those that any method could have, seen in LoRA's runs, then the methods' own."""
     shares = some[0]["shares"]
+    place = len(shares) // 2
     rows: dict[str, list[list[float]]] = {}
+    of_gradient: dict[str, list[float]] = {}
     sizes: dict[str, list[float]] = {}
     for run in sorted(some, key=lambda run: not run["configuration"].startswith("lora,")):
         plain = run["configuration"].startswith("lora,")
@@ -150,25 +152,32 @@ def _rises(some: Sequence[dict[str, Any]]) -> list[str]:
             for name, title in GENERAL_DIRECTIONS.items():
                 if plain:
                     rows.setdefault(title, []).append(seen[name])
+                    of_gradient.setdefault(title, []).append(seen[name][place] / seen["gradient"][place])
             if "own" in seen:
-                rows.setdefault(run["configuration"], []).append(seen["own"])
-                sizes.setdefault(run["configuration"], []).append(seen["own_share"])
+                title = run["configuration"]
+                rows.setdefault(title, []).append(seen["own"])
+                of_gradient.setdefault(title, []).append(seen["own"][place] / seen["gradient"][place])
+                sizes.setdefault(title, []).append(seen["own_share"])
     lines = [
         "## How far each perturbation raises the loss of the batch at hand",
         "",
         "Rise of the batch's loss in 1e-4 (mean and standard error over steps and seeds) when the merged weights move "
         "by a share of their norm along each direction, all scaled to the same norm. The gradient's is the most that "
-        "any direction reaches to first order; a method is an ascent as far as it is above `random`. Last: the norm "
-        "that the method itself gave its perturbation.",
+        "any direction reaches to first order; a method is an ascent as far as it is above `random`. `of the "
+        f"gradient's`: the rise at {100 * shares[place]:g} % as a share of the gradient's at the same step of the same "
+        "run. Last: the norm that the method itself gave its perturbation.",
         "",
-        "| direction | " + " | ".join(f"{100 * share:g} %" for share in shares) + " | its own norm |",
-        "|---|" + "---|" * (len(shares) + 1),
+        "| direction | "
+        + " | ".join(f"{100 * share:g} %" for share in shares)
+        + " | of the gradient's | its own norm |",
+        "|---|" + "---|" * (len(shares) + 2),
     ]
     for title, found in rows.items():
         cells = []
         for column in zip(*found, strict=True):
             error = statistics.stdev(column) / math.sqrt(len(column)) if len(column) > 1 else math.nan
             cells.append(f"{1e4 * statistics.fmean(column):+.1f} (s.e. {1e4 * error:.1f})")
+        cells.append(f"{statistics.fmean(of_gradient[title]):.3f}")
         own = f"{100 * statistics.fmean(sizes[title]):.2g} %" if title in sizes else ""
         lines.append("| " + " | ".join([title, *cells, own]) + " |")
     return [*lines, ""]
