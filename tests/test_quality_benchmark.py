@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import curves, files, laboratory, measured, measures, rises, stacking, tasks
+from benchmarks.quality import curves, files, laboratory, measured, measures, plan, rises, stacking, tasks
 from benchmarks.quality.budget import budget_section
 from benchmarks.quality.costs import step_bytes, time_cost
 from benchmarks.quality.elsewhere import ELSEWHERE
@@ -450,9 +450,10 @@ def test_every_other_task_has_a_title():
 def test_what_was_chosen_is_trained_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """From the command to the report; a second call trains nothing."""
     chosen_ones, elsewhere = tmp_path / "quality", tmp_path / "transfer"
-    for configuration in (Configuration("lora", 1e-3), Configuration("nbar", 1e-3, {"bar_strength": 2.0})):
+    named = (Configuration("lora", 1e-3), Configuration("lora", 5e-4), Configuration("nbar", 1e-3))
+    for configuration in (named[0], named[2]):
         write(chosen_ones, configuration, 0, {100: 0.2})
-    monkeypatch.setattr(command, "RESULTS", chosen_ones)
+    monkeypatch.setattr(plan, "TRANSFERRED", named)
     monkeypatch.setattr(command, "TRANSFER", elsewhere)
     monkeypatch.setattr(tasks, "WORK", tmp_path / "work")
     monkeypatch.setattr(tasks, "DRAWS_OF_PHOTO", 2)
@@ -461,7 +462,7 @@ def test_what_was_chosen_is_trained_elsewhere(tmp_path: Path, monkeypatch: pytes
     photographs(tmp_path / "photos", {"bird": 3, "mug": 3})
     words = ["transfer", "--subjects_dir", str(tmp_path / "photos"), "--classes", "bird=bird", "mug=mug"]
     assert command.main([*words, "--tasks", "bird", "mug"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 6  # LoRA at half the rate, too
+    assert len(capsys.readouterr().out.splitlines()) == 6
     assert command.main([*words, "--tasks", "bird", "mug"]) == 0
     assert not capsys.readouterr().out
     text = report(chosen_ones, transfer=elsewhere)
@@ -567,7 +568,7 @@ def test_what_is_done_is_written_though_another_run_fails(
         ("choose --methods lroa", "choose trains no 'lroa': did you mean lora?"),
         ("confirm --methods looksam", "confirm trains no 'looksam': there are lora; bilora; "),
         ("measure --methods lora nbra", "measure trains no 'nbra': did you mean nbar?"),
-        ("transfer --methods xyz", "transfer trains no 'xyz': there are lora; nbar"),
+        ("transfer --methods obar", "transfer trains no 'obar': did you mean nbar?"),
         ("transfer --tasks openmojis", "there is no 'openmojis': did you mean openmoji?"),
         ("rises --methods LoRAs", "rises trains no 'LoRAs': did you mean lora?"),
         ("measure --stack 0", "--stack is 0: give 1 or more"),
@@ -616,8 +617,7 @@ def test_alone_is_each_method_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert {bilora.key, dropout.key} <= {run.configuration.key for run in trained}
 
 
-@pytest.mark.parametrize("stage", ["measure", "transfer"])
-def test_nothing_chosen_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, stage: str) -> None:
+def test_nothing_chosen_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(command, "RESULTS", tmp_path / "quality")
-    assert command.main([stage]) == 2
+    assert command.main(["measure"]) == 2
     assert "run choose first" in capsys.readouterr().err

@@ -4,8 +4,8 @@
               validation names at each run's best step
     measure   trains the chosen ones on five other seeds, measures on the test names, draws pictures
     confirm   the same for the methods that README recommends, as the trainer has them by default, on five new seeds
-    transfer  trains the chosen ones on other tasks: other styles, a batch of one, and with --subjects_dir DreamBooth's
-              subjects; nothing is chosen there
+    transfer  trains the controls and what differed from LoRA on other tasks: other styles, a batch of one, more steps,
+              and with --subjects_dir DreamBooth's subjects; nothing is chosen there
     rises     how far each perturbation raises the loss of the batch at hand, all at equal norm
     stacking  what a step of several runs costs if they are trained stacked over one base (--stack)
     report    benchmarks/results/quality.md from what is there
@@ -90,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> None:
     """The stages that train. Imports take seconds: not before the words are known to be right."""
     from benchmarks.quality.files import Run, train_missing
     from benchmarks.quality.laboratory import Laboratory
-    from benchmarks.quality.plan import CONFIRMED, LOOKED_AT, candidates
+    from benchmarks.quality.plan import CONFIRMED, LOOKED_AT, TRANSFERRED, candidates
     from benchmarks.quality.results import CHOOSING_SEED, is_alone, measured_ones
     from benchmarks.quality.words import check_device, check_names, part_of
 
@@ -102,11 +102,11 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.stack is not None and arguments.stage in ("rises", "stacking"):
         raise UserError(f"--stack: {arguments.stage} has none; leave it out")
     stack = 1 if arguments.stack is None else arguments.stack
-    seeds = arguments.seeds or (NEW_SEEDS if arguments.stage == "confirm" else SEEDS)
+    seeds = arguments.seeds or {"confirm": NEW_SEEDS, "transfer": SEEDS[:3]}.get(arguments.stage, SEEDS)
     if arguments.alone and arguments.stage not in ("choose", "measure"):
         raise UserError(f"--alone: {arguments.stage} has none; leave it out")
     measured = measured_ones(RESULTS, alone=arguments.alone)
-    planned = {"choose": candidates(), "confirm": CONFIRMED, "rises": LOOKED_AT}
+    planned = {"choose": candidates(), "confirm": CONFIRMED, "rises": LOOKED_AT, "transfer": TRANSFERRED}
     names = list(dict.fromkeys(one.method for one in planned.get(arguments.stage, ()))) or list(measured)
     if not names and arguments.stage != "stacking":
         raise UserError(f"nothing was chosen yet that {arguments.stage} could train: run choose first")
@@ -121,12 +121,12 @@ def _run(arguments: argparse.Namespace) -> None:
         STACKING.write_text(json.dumps(rounded(stacking(laboratory()))) + "\n")
         print(STACKING)
     elif arguments.stage == "transfer":
-        from benchmarks.quality.transfer import METHODS, transfer
+        from benchmarks.quality.transfer import transfer
 
-        wanted = {"methods": arguments.methods or [one for one in METHODS if one in measured]}
-        wanted |= {"seeds": seeds, "tasks": arguments.tasks, "part": (number, of)}
+        named = [one for one in TRANSFERRED if not arguments.methods or one.method in arguments.methods]
+        wanted = {"seeds": seeds, "tasks": arguments.tasks, "part": (number, of)}
         wanted |= {"subjects_dir": arguments.subjects_dir, "classes": arguments.classes}
-        transfer(TRANSFER, measured, **wanted, stack=stack, device=arguments.device)
+        transfer(TRANSFER, named, **wanted, stack=stack, device=arguments.device)
     elif arguments.stage == "rises":
         from benchmarks.quality.rises import rises
 

@@ -1,13 +1,14 @@
 """The table's section on other tasks, for which nothing was chosen."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.controls import DROPOUT, HALF
 from benchmarks.quality.costs import time_cost
 from benchmarks.quality.differences import Row, cell, left_out, paired_rows, test_cells
 from benchmarks.quality.plan import Configuration
-from benchmarks.quality.results import at_best, last, runs
+from benchmarks.quality.results import at_best, device_of, last, runs
 
 __all__ = ["ELSEWHERE", "elsewhere_section"]
 
@@ -16,6 +17,11 @@ ELSEWHERE = {
     "3d-800-steps": "the same icons, twice as many steps",
     "high-contrast": "black silhouettes of the same 23 names",
     "openmoji": "outlines with flat colours, of the same 23 names",
+}
+CONTROLS = {"half the rate": HALF, "dropout": DROPOUT}
+COLUMNS = {
+    "test, best": lambda run: at_best(run, "test"),
+    "test, last": lambda run: last(run)["test"],
 }
 SUBJECTS = "photographs of one subject: two or three to learn, one to validate, one to test"
 
@@ -33,7 +39,8 @@ def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: M
         "Nothing was chosen here: learning rates and strengths are those that the 3D icons' validation names chose; "
         "of a row that says so they chose another one. "
         "Columns as above; `flat, last`: what is forgotten, at the end. LoRA's rows have its values, in the losses' "
-        "own units, and their standard error.",
+        "own units, and their standard error. Below, the same rows paired with the controls: LoRA at half the learning "
+        "rate, and with dropout.",
         "",
     ]
     for task, found in groups.items():
@@ -53,8 +60,28 @@ def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: M
         for row in rows:
             cells = _transferred_cells(row, time_cost(row.configuration, ratios, batch))
             lines.append("| " + " | ".join([row.title, *cells]) + " |")
-        lines.append("")
+        lines += ["", *_beside_controls(found, rows)]
     return lines
+
+
+def _beside_controls(found: Mapping[tuple[str, str], dict[str, Any]], rows: Sequence[Row]) -> list[str]:
+    """The test losses of the same rows, paired with those of the controls; nothing where no control was run."""
+    controls = {name: one.key for name, one in CONTROLS.items() if any(key == one.key for key, _ in found)}
+    if not controls:
+        return []
+    heads = [f"{when}, to {name}" for name in controls for when in COLUMNS]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for row in rows:
+        cells = []
+        for control in controls.values():
+            mine = [one for key, one in found if key == row.configuration.key and (control, one) in found]
+            pairs = [(found[row.configuration.key, one], found[control, one]) for one in mine]
+            pairs = [(run, other) for run, other in pairs if device_of(run) == device_of(other)]
+            paired = Row(row.title, False, pairs)
+            same = row.configuration.key == control
+            cells += [cell(paired.values(value), 4, False) if pairs and not same else "" for value in COLUMNS.values()]
+        lines.append("| " + " | ".join([row.title, *cells]) + " |")
+    return [*lines, ""]
 
 
 def _transferred_cells(row: Row, cost: float | None) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ALSO_MEASURED", "CONFIRMED", "EDGES", "LOOKED_AT", "Configuration", "candidates"]
+__all__ = ["ALSO_MEASURED", "CONFIRMED", "EDGES", "LOOKED_AT", "TRANSFERRED", "Configuration", "candidates"]
 
 RATES = (5e-4, 1e-3)
 RATES_OF_LORA = (2.5e-4, *RATES, 2e-3)
@@ -198,6 +198,24 @@ LOOKED_AT = (
 )
 """What `rises` looks at: LoRA, for the directions that any method could have, and all that perturb, at strengths that
 change something."""
+
+
+TRANSFERRED = (
+    Configuration("lora", 5e-4),
+    Configuration("lora", 2.5e-4),
+    Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
+    Configuration("lora", 5e-4, {"steps_per_draw": 2}),
+    Configuration("bilora", 5e-4, {"rho": 2.0}),
+    Configuration("bilora", 5e-4, {"rho": 2.0, "lora_dropout": 0.5}),
+    Configuration("bilora-echo", 5e-4, {"rho": 1.0}),
+    Configuration("bilora-fresh", 5e-4, _FRESH),
+    Configuration("flat-lora", 5e-4, _NOISE),
+    Configuration("flat-lora", 1e-3, _NOISE),
+    Configuration("looksam", 1e-3, {"rho": 0.05}),
+    Configuration("nbar", 5e-4, {"bar_strength": 2.0}),
+)
+"""What `transfer` trains elsewhere: the controls, and what differed from LoRA on the 3D icons; obar and nbar cannot be
+told apart there."""
 
 
 def candidates(methods: list[str] | None = None) -> Iterator[Configuration]:

@@ -1,6 +1,6 @@
 """What was chosen on the 3D icons, trained on other tasks: does what was seen there hold elsewhere?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.quality.files import Run, train_missing
@@ -9,30 +9,16 @@ from benchmarks.quality.plan import Configuration
 from benchmarks.quality.tasks import STYLES, Task, batch_of_one, more_steps, style, subjects
 from benchmarks.quality.words import check_names
 
-__all__ = ["METHODS", "transfer"]
+__all__ = ["transfer"]
 
-METHODS = (
-    "lora",
-    "lora, dropout",
-    "lora, 2 steps a draw",
-    "bilora",
-    "bilora, dropout",
-    "bilora-echo",
-    "bilora-fresh",
-    "flat-lora",
-    "looksam",
-    "nbar",
-)
-"""Those that differ from LoRA on the 3D icons, and the controls; obar and nbar cannot be told apart."""
 SEED_OF_SUBJECTS = 1
 """Subjects are repeats of each other, as seeds are of a style."""
 
 
 def transfer(
     folder: Path,
-    measured: Mapping[str, Sequence[Configuration]],
+    configurations: Sequence[Configuration],
     *,
-    methods: Sequence[str],
     seeds: Sequence[int],
     tasks: Sequence[str] = (),
     subjects_dir: Path | None = None,
@@ -44,7 +30,6 @@ def transfer(
     """Trains what has no file yet in a folder of the task's name.
 
     Arguments:
-        measured: settings by kind of method.
         tasks: names; empty: all.
         subjects_dir: of DreamBooth's subjects; None: without them.
         classes: their class words; see `concepts.dreambooth_concepts`.
@@ -57,11 +42,11 @@ def transfer(
     """
     makers: dict[str, Callable[[], Task]] = {"3d-batch-1": batch_of_one, "3d-800-steps": more_steps}
     makers |= {name: lambda name=name: style(name) for name in STYLES}
-    runs = [(name, seed, method) for name in makers for seed in seeds for method in methods]
+    runs = [(name, seed, one) for name in makers for seed in seeds for one in configurations]
     if subjects_dir is not None:
         photographed = {task.name: task for task in subjects(subjects_dir, classes)}
         makers |= {name: lambda task=task: task for name, task in photographed.items()}
-        runs += [(name, SEED_OF_SUBJECTS, method) for name in photographed for method in methods]
+        runs += [(name, SEED_OF_SUBJECTS, one) for name in photographed for one in configurations]
     check_names("--tasks", tasks, list(makers), "there is no")
     number, of = part
     wanted = [run for run in runs if not tasks or run[0] in tasks]
@@ -69,7 +54,7 @@ def transfer(
     for name in dict.fromkeys(name for name, _, _ in mine):
         train_missing(
             lambda name=name: Laboratory(makers[name](), device),
-            [Run(folder / name, one, seed) for task, seed, method in mine if task == name for one in measured[method]],
+            [Run(folder / name, one, seed) for task, seed, one in mine if task == name],
             stack=stack,
             all_losses=True,
         )
