@@ -119,6 +119,13 @@ class TrainingConfig:
         within=NOT_NEGATIVE,
         origin="bilora",
     )
+    rho_schedule: Literal["constant", "anneal"] = flag(
+        "constant",
+        "course of bilora's radius over the run: rho all the time, or falling to 0 over the last tenth of the steps, "
+        "so that the LoRA learns to do without the auxiliary",
+        group=METHOD,
+        origin="bilora",
+    )
     auxiliary_rank: int | None = flag(
         None,
         "rank of the auxiliary adapter; unset: that of --rank",

@@ -24,6 +24,7 @@ WITH_NOISE = ("bilora", "bilora-fresh", "bilora-echo")  # flat-lora's, on top, w
 FLAGS_OF_METHODS: dict[str, tuple[str, ...]] = {
     "rho": (*BALL_METHODS, "lora-sam", "looksam", "s2-sam", "eflat-lora"),
     "rho_relative": BALL_METHODS,
+    "rho_schedule": ("bilora",),
     "auxiliary_rank": BALL_METHODS,
     "auxiliary_init": ("bilora", "bilora-fresh", "dual-lora"),
     "ascent": ("bilora",),

@@ -534,6 +534,36 @@ def test_clipped_steps_and_the_norm_are_counted():
     assert seen == [pytest.approx(pair, rel=1e-6) for pair in expected]
 
 
+def test_an_annealed_ball_falls_to_nothing_over_the_last_tenth() -> None:
+    """The primary ends on its own; the auxiliary is never zeros, which no gradient would move again."""
+
+    class Large:
+        schedulable = ()
+
+        def step(self) -> None:
+            for layer in layers:
+                layer.B.data *= 1e3 if product_norm(layers) < 1 else 1.0
+
+        def state_dict(self) -> dict:
+            return {}
+
+        def load_state_dict(self, state: dict) -> None:
+            pass
+
+    layers, norms = random_layers(), []
+    method = BiLoRA(layers, 2.0, Large(), "anneal", steps=50)
+    for step in range(50):
+        if step == 46:  # as a resumed run does
+            saved, method = method.state_dict(), BiLoRA(layers, 2.0, Large(), "anneal", steps=50)
+            method.load_state_dict(saved)
+        method.after_step()
+        norms.append(product_norm(layers).item())
+    assert norms[:46] == pytest.approx([2.0] * 46, rel=1e-5)
+    assert norms[46:] == pytest.approx([1.6, 1.2, 0.8, 0.4], rel=1e-5)
+    method.after_step()  # a longer run that goes on
+    assert product_norm(layers).item() == pytest.approx(0.4, rel=1e-5)
+
+
 # --- the ascent ---
 
 

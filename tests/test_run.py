@@ -357,6 +357,8 @@ def test_a_primary_that_leans_on_the_auxiliary_is_told() -> None:
     assert "the loss was 1.7% lower with it" in told(leaning) and "\n" not in told(leaning)
     assert told([-gap for gap in leaning]) is None
     assert told(leaning[:4]) is None  # too few
+    assert "at the last look the loss was 10.0% lower" in told([0.01, 0.02, -0.012]) and "anneal" in told([-0.02])
+    assert told([-0.02, -0.02, -0.005]) is None and told([-0.02], highest_c_over_rho=None) is None
     assert told([gap / 100 for gap in leaning]) is None  # too little
     assert told([-0.02, 0.018, -0.019, 0.017, -0.002]) is None  # chance
     assert told(leaning, highest_c_over_rho=None) is None  # dual-lora's second adapter descends by intent

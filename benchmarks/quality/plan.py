@@ -144,6 +144,7 @@ EDGES = (
 ALSO_MEASURED = (
     Configuration("bilora", 5e-4, {"rho": 0.05, "ascent": "sgd"}),  # the paper's defaults
     Configuration("bilora", 5e-4, {"rho": 2.0}),  # with its usual start
+    Configuration("bilora", 5e-4, {"rho": 2.0, "rho_schedule": "anneal"}),
     Configuration("bilora", 5e-4, {"rho": 2.0} | _NOISE),
     Configuration("flat-lora", 5e-4, _NOISE),
     Configuration("lora", 2.5e-4),  # what half the learning rate does to overfitting, and what is left to win then
@@ -206,6 +207,7 @@ TRANSFERRED = (
     Configuration("lora", 5e-4, {"lora_dropout": 0.7}),
     Configuration("lora", 5e-4, {"steps_per_draw": 2}),
     Configuration("bilora", 5e-4, {"rho": 2.0}),
+    Configuration("bilora", 5e-4, {"rho": 2.0, "rho_schedule": "anneal"}),
     Configuration("bilora", 5e-4, {"rho": 2.0, "lora_dropout": 0.5}),
     Configuration("bilora-echo", 5e-4, {"rho": 1.0}),
     Configuration("bilora-fresh", 5e-4, _FRESH),

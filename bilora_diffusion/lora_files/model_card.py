@@ -70,6 +70,7 @@ METHODS = {
 }
 SETTINGS = {
     "rho": "rho (size of the perturbation)",
+    "rho_schedule": "course of rho",
     "auxiliary_rank": "rank of the second adapter",
     "ascent_share": "share of the rows in the ascent pass",
     "ascent_every": "steps from one ascent pass to the next",

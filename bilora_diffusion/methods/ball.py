@@ -16,7 +16,10 @@ class Ball:
 
     Arguments:
         layers: the auxiliary over all parts; one ball holds them all.
-        rho: the ball's radius, greater than 0.
+        rho: the ball's radius, greater than 0; a schedule may change it.
+
+    Attributes:
+        steps: clips so far.
     """
 
     def __init__(self, layers: Sequence[LowRank], rho: float) -> None:
@@ -26,29 +29,29 @@ class Ball:
         # Counted on the device: a step need not wait for the host to know them.
         self._norm = torch.zeros((), dtype=wide_dtype(device), device=device)
         self._clipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._steps = 0
+        self.steps = 0
 
     def clip(self) -> None:
         """Once a step, after the auxiliary has moved."""
         norm = clip_to_ball(self.layers, self.rho)
         self._norm = norm.clamp_max(self.rho)
         self._clipped += norm > self.rho
-        self._steps += 1
+        self.steps += 1
 
     def measures(self) -> dict[str, Tensor]:
         """`c_over_rho`: the perturbation's norm after the last clip; `clipped_share`: of the steps so far."""
         return {
             "c_over_rho": self._norm / self.rho if self.rho > 0 else self._norm,
-            "clipped_share": self._clipped / max(self._steps, 1),
+            "clipped_share": self._clipped / max(self.steps, 1),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"norm": self._norm, "clipped": self._clipped, "steps": self._steps}
+        return {"norm": self._norm, "clipped": self._clipped, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._norm = state["norm"].to(self._norm)
         self._clipped = state["clipped"].to(self._clipped)
-        self._steps = state["steps"]
+        self.steps = state["steps"]
 
 
 @torch.no_grad()

@@ -10,6 +10,10 @@ One pass a step; the extra memory is the auxiliary, its gradient and the ascent'
 counts the effective perturbation, s included; the paper leaves s = alpha / r out of its formulas, so ours is s times
 the paper's (`configs/paper_3d_icons.yaml` does the sum).
 
+The primary learns to make up for a perturbation that turns slowly, and what is kept then misses what is thrown away:
+seldom, and then badly. With the schedule `anneal` (ours) the radius falls linearly to 0 over the last tenth of the
+steps, so that the primary ends on its own.
+
 With several processes the gradients are averaged before the ascent: all share one auxiliary, no m-sharpness.
 
 Reference:
@@ -27,7 +31,15 @@ from bilora_diffusion.methods.ascent import Ascent
 from bilora_diffusion.methods.ball import Ball
 from bilora_diffusion.methods.interface import Method
 
-__all__ = ["BiLoRA"]
+__all__ = ["SCHEDULES", "BiLoRA"]
+
+ANNEALED = 0.1
+"""The share of the steps over which the radius falls."""
+SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "anneal": lambda done: min(1.0, (1 - done) / ANNEALED),
+}
+"""The radius' share of rho, by the share of the run that is done."""
 
 
 class BiLoRA(Method):
@@ -37,19 +49,28 @@ class BiLoRA(Method):
         layers: the auxiliary over all parts; one ball holds them all.
         rho: the ball's radius, ||s B2 A2||_F over all layers, greater than 0.
         ascent: makes the auxiliary's step before the clip.
+        schedule: a key of `SCHEDULES`.
+        steps: of the whole run; read by `anneal` alone.
     """
 
     perturbs = True
 
-    def __init__(self, layers: Sequence[LowRank], rho: float, ascent: Ascent) -> None:
+    def __init__(
+        self, layers: Sequence[LowRank], rho: float, ascent: Ascent, schedule: str = "constant", steps: int = 1
+    ) -> None:
         super().__init__()
         self.ball = Ball(layers, rho)
+        self.rho = rho
+        self.schedule = SCHEDULES[schedule]
+        self.steps = steps
         self.ascent = ascent
         self.parameters = [p for layer in layers for p in (layer.A, layer.B)]
         self.schedulable = list(ascent.schedulable)
 
     def after_step(self) -> None:
         self.ascent.step()
+        # Never 0, not after the last step either: from an auxiliary of zeros no longer run could go on.
+        self.ball.rho = self.rho * self.schedule(min(self.ball.steps / self.steps, 1 - 1 / self.steps))
         self.ball.clip()
         for parameter in self.parameters:
             parameter.grad = None  # no optimiser of the trainer's clears these

@@ -186,7 +186,8 @@ def _bilora(setting: Setting) -> tuple[Method, Radius]:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
-    return _told(BiLoRA(layers, ball.rho, ascent), rho=ball.rho, auxiliary_rank=rank), ball
+    method = BiLoRA(layers, ball.rho, ascent, config.rho_schedule, setting.steps)
+    return _told(method, rho=ball.rho, auxiliary_rank=rank, rho_schedule=config.rho_schedule), ball
 
 
 def _dual_lora(setting: Setting) -> tuple[Method, Radius]:
