@@ -175,7 +175,8 @@ CONFIRMED = (
     Configuration("flat-lora", 2.5e-4),
 )
 """LoRA, then the methods that differed from it, with the strengths that the trainer has by default, at LoRA's learning
-rate; dropout; half that rate, and the one method that there lowered both the loss and what is forgotten. Each was named before it was run on the seeds that measure it."""
+rate; dropout; half that rate, and the one method that there lowered both the loss and what is forgotten. Each was named
+before it was run on the seeds that measure it."""
 
 _FRESH = {"rho": 1.0, "ascent_share": 0.5}
 LOOKED_AT = (

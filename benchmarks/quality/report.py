@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.budget import budget_section
 from benchmarks.quality.confirmation import confirmation_section
-from benchmarks.quality.controls import controls_section
+from benchmarks.quality.controls import ascents_section, controls_section
 from benchmarks.quality.costs import time_ratios
 from benchmarks.quality.differences import left_out
 from benchmarks.quality.elsewhere import elsewhere_section
@@ -64,7 +64,7 @@ def report(
         rows = measured_rows(measured, best)
         lines += measured_section(rows, ratios, curves) if rows else []
         lines += left_out(measured, rows)
-    lines += controls_section(measured, _all_below(confirmation))
+    lines += controls_section(measured, _all_below(confirmation)) + ascents_section(measured, ratios)
     if transfer is not None and transfer.is_dir():
         lines += elsewhere_section(transfer, best, ratios)
     looked = runs(rises) if rises is not None and rises.is_dir() else []

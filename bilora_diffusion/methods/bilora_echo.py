@@ -10,7 +10,8 @@ the one at hand. The sharp directions of a diffusion loss belong to the picture 
 noise: the gradient under another noise raises the loss by most of what the exact one does (`benchmarks.quality rises`).
 The first step gives it for nothing.
 
-One pass a step. The extra memory is the auxiliary. rho = 0 is LoRA on the same draws.
+One pass a step. The extra memory is the auxiliary, and while the gradient is taken along its sketch, about two
+adapters. rho = 0 is LoRA on the same draws.
 
 Reference: this project; the parts are SAM (arXiv 2010.01412) and Bi-LoRA (arXiv 2508.19564).
 """

@@ -19,8 +19,8 @@ and one such space is what the gradients of all batches share. A sketch gets clo
 three thin products a layer where the tracked rows cost one, and the descent pass has no gradient of A2 to compute.
 
 1 + share passes a step (the share is of one row at least: 2 passes at a batch of one), in which the ascent pass has no
-gradient of the primary to compute; every k-th step only with `--ascent_every`. The extra memory is the auxiliary.
-rho = 0 is LoRA.
+gradient of the primary to compute; every k-th step only with `--ascent_every`. The extra memory is the auxiliary,
+and while the gradient is taken along its sketch, about two adapters. rho = 0 is LoRA.
 
 Reference: this project; the parts are SAM (arXiv 2010.01412), Bi-LoRA (arXiv 2508.19564) and subspace iteration.
 """

@@ -6,9 +6,9 @@
 
     f:  cosine  (1 - cos(pi k / K)) / 2, from 0 to 1, as published;   linear  k / K;   constant  1
 
-One pass a step; the extra memory is the norm of each row. sigma = 0 is LoRA. The noise is never added to a weight (see
-`weight_noise`): the published code adds and subtracts it, which leaves 1 % of error in bfloat16 weights after 500
-steps. All processes and all micro-batches of a step share one noise.
+One pass a step; the extra memory is the norm of each row, a table of random numbers and one layer's weight. sigma = 0
+is LoRA. The noise is never added to a weight (see `weight_noise`): the published code adds and subtracts it, which
+leaves 1 % of error in bfloat16 weights after 500 steps. All processes and all micro-batches of a step share one noise.
 
 RWP-full is the same without the ramp: random weight perturbation, filter-normalised.
 
