@@ -39,8 +39,8 @@ FINAL_PICTURES = "final"
 ADVICE = (
     "tip: what the methods are worth was measured on a small base (docs/methods.md): hold pictures out and stop in "
     "time; where you cannot, half the --learning_rate or --lora_dropout 0.7, with --method lora, overfitted less and "
-    "forgot least; --method bilora-fresh had a loss lower still, by up to a percent, for 1.6 times the time, with more "
-    "forgotten and pictures less like the true ones"
+    "forgot less; --method flat-lora at half the rate forgot least; --method bilora-fresh had a loss lower still, by "
+    "up to a percent, for 1.6 times the time, with more forgotten and pictures less like the true ones"
 )
 """What `benchmarks/results/quality.md` says."""
 
