@@ -316,7 +316,7 @@ def test_a_radius_of_zero_gives_loras_tensors(build):
 
 def test_an_auxiliary_that_stays_zero_changes_nothing(build):
     lora, present = build("lora", train_text_encoder=True), build(train_text_encoder=True, **ACTIVE)
-    present.parts.method.ball.rho = 0.0
+    present.parts.method.rho = 0.0
     for run in (lora, present):
         run.train(3)
     assert difference(lora.tensors(), present.tensors()) < 1e-6

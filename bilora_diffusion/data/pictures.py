@@ -158,7 +158,8 @@ def find_pictures(
     names = sorted({*own, *captions})
     if not names:
         raise no_pictures(folder, flag)
-    warnings += _warnings_of_unread(folder) + _warnings_of_captions(folder, names, captions)
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    warnings += _warnings_of_unread(folder, files) + _warnings_of_captions(folder, files, names, captions)
     candidates = (
         (name, folder / name, captions.get(name) or _sidecar_caption(folder / name) or instance_prompt)
         for name in names
@@ -241,19 +242,21 @@ def pictures_of_dataset(
     return pictures, problems
 
 
-def _warnings_of_unread(folder: Path) -> list[str]:
-    suffixes = (path.suffix.lower() for path in folder.iterdir() if not path.name.startswith("."))
+def _warnings_of_unread(folder: Path, files: Sequence[Path]) -> list[str]:
+    suffixes = (path.suffix.lower() for path in files)
     unread = sorted({suffix for suffix in suffixes if suffix in _UNREAD_SUFFIXES and suffix not in SUFFIXES})
     if not unread:
         return []
     return [f"{folder} also holds {' '.join(unread)} files, which are not used: convert them to .jpg or .png"]
 
 
-def _warnings_of_captions(folder: Path, names: Sequence[str], captions: Mapping[str, str]) -> list[str]:
+def _warnings_of_captions(
+    folder: Path, files: Sequence[Path], names: Sequence[str], captions: Mapping[str, str]
+) -> list[str]:
     """Of text files that would be captions if they were named like the pictures that have none."""
     without = [name for name in names if not captions.get(name) and _sidecar(folder / name) is None]
     stems = {Path(name).stem for name in names}
-    texts = sorted(path for path in folder.iterdir() if path.suffix in TEXT_SUFFIXES and not path.name.startswith("."))
+    texts = sorted(path for path in files if path.suffix in TEXT_SUFFIXES)
     strays = [path.name for path in texts if path.stem not in stems]
     if not without or not strays or len(texts) == 1 < len(names):  # one alone may be a note
         return []
