@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from benchmarks.quality.plan import CONFIRMED, Configuration, candidates
 from benchmarks.quality.report import report
 from benchmarks.quality.results import at_best, chosen, runs
 from bilora_diffusion.adapters import PRIMARY, parameters_of
+from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.embedded import icons
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.memory.simulation import BLOCK_BYTES
@@ -118,7 +119,7 @@ def test_differences_are_paired(tmp_path: Path):
     (own,) = (line for line in lines if line.startswith("| lora") and "x 1.00" in line)
     assert "0.2100" in own
     drawn = [line for line in lines if "+0.100 +- 0.000" in line]
-    assert len(drawn) == 1 and drawn[0].startswith("| flat-lora")
+    assert len(drawn) == 2 and all(line.startswith("| flat-lora") for line in drawn)  # of the best step and of the last
 
 
 def test_pictures_and_flatness_are_of_rows_measured_alike(tmp_path: Path):
@@ -131,13 +132,37 @@ def test_pictures_and_flatness_are_of_rows_measured_alike(tmp_path: Path):
         write(tmp_path, flat, seed, {100: 0.2}, 0.625, sharpness={"loss": 0.1} | flatter)
         write(tmp_path, old, seed, {100: 0.2}, pictures=fewer, sharpness={"rises": [0.1], "loss": 0.1})
     lines = report(tmp_path).splitlines()
-    pictures, flatness = (lines[lines.index(title) :] for title in ("### Pictures", "### Sharpness"))
-    assert pictures[2].startswith("60 unseen names")
+    pictures, flatness = (
+        lines[lines.index(title) :] for title in ("### Pictures, last step", "### Sharpness, last step")
+    )
+    assert pictures[2].startswith("60 unseen names, drawn after the last step")
     told = "Trained before this was measured so: nbar, lr 0.001 (no choice: seed 0 was not run)."
     for table, cell in ((pictures, "+0.125 +- 0.000"), (flatness, "-17 +- 0 %")):
         rows = [line for line in table[: table.index(told)] if line.startswith(("| flat-lora", "| nbar"))]
         assert [row.count(cell) for row in rows] == [len(PICTURE_MEASURES) - 1 if table is pictures else 2]
     assert sum("| -20 +- 0 % |" in line for line in flatness[: flatness.index(told)]) == 1  # of the gradient's top 4
+
+
+def test_the_best_step_has_tables_of_its_own(tmp_path: Path):
+    """Of each run at its own; a run that is not at its best in the end and was measured there alone is told."""
+    lora, flat, old = (Configuration(method, 1e-3) for method in ("lora", "flat-lora", "nbar"))
+    better = {"pictures": dict.fromkeys(PICTURE_MEASURES, 0.75) | {"names": 60}, "rounded_to_8_bits": 0.2}
+    better |= {"step": 100, "sharpness": {"loss": 0.1} | dict.fromkeys(("lora", "full"), FLATNESS)}
+    for seed in (1, 2, 3):
+        write(tmp_path, lora, seed, {100: 0.2, 200: 0.3}, 0.5, at_best=better)
+        write(tmp_path, flat, seed, {100: 0.3, 200: 0.2}, 0.625, rounded_to_8_bits=0.2 + 3e-4)
+        write(tmp_path, old, seed, {100: 0.2, 200: 0.3}, 0.5)
+    lines = report(tmp_path).splitlines()
+    for title, cell in (("### Pictures, best step", "-0.125 +- 0.000"), ("### Pictures, last step", "+0.125 +- 0.000")):
+        table = lines[lines.index(title) :]
+        assert sum(line.startswith("| flat-lora") and cell in line for line in table[: table.index("", 5)]) == 1
+    told = "Trained before this was measured so: nbar, lr 0.001 (no choice: seed 0 was not run)."
+    assert lines.count(told) == 2  # pictures and sharpness
+    columns = next(line for line in lines if "8 bits, best" in line).split(" | ")
+    cells = next(line for line in lines if line.startswith("| flat-lora") and line.count("|") > len(columns)).split(
+        " | "
+    )
+    assert cells[columns.index("8 bits, best")] == "+3 +- 0" and cells[columns.index("8 bits, last")] != "+3 +- 0"
 
 
 def test_computed_times_are_those_of_the_passes():
@@ -195,7 +220,7 @@ def test_methods_are_held_against_the_controls_too(tmp_path: Path, monkeypatch: 
     text = report(tmp_path / "runs", confirmation=tmp_path / "confirmed").split("## Beside the controls")[1]
     text = text.split("\n## ")[0]
     against_half, against_dropout, at_half = (part.splitlines() for part in text.split("\n### ")[1:4])
-    no = "+0.0 +- 0.0 % | +0.0 +- 0.0 % | +0.0 +- 0.0 % |"
+    no = " | ".join(["+0.0 +- 0.0 %"] * 4) + " |"
     assert f"| nbar, lr 0.0005 | -2.9 +- 0.0 % | -2.9 +- 0.0 % | {no}" in against_half
     assert f"| lora, lr 0.0005 | +1.9 +- 0.0 % | +1.9 +- 0.0 % | {no}" in against_half
     assert f"| nbar, lr 0.0005 | -1.5 +- 0.0 % | -1.5 +- 0.0 % | {no}" in against_dropout
@@ -220,7 +245,7 @@ def test_memory_is_counted_at_each_rows_own_settings(tmp_path: Path, laboratory_
         for seed in (0, 1):
             write(tmp_path, one, seed, {100: 0.2})
     rows = [line.split(" | ") for line in report(tmp_path).splitlines() if "lr 0.001" in line]
-    memory = {row[0]: row[-1] for row in rows if len(row) == 14}
+    memory = {row[0]: row[-1] for row in rows if len(row) == 15}
     assert memory == {
         f"| {lora}": f"{plain / 1e6:.1f} |",
         f"| {bilora}": f"+{(second - plain) / 1e6:.1f} |",
@@ -312,10 +337,10 @@ def test_a_report_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         write(folder, obar, 2, {100: 0.1})
     lines = made().splitlines()
     assert sum(line.startswith("| lora, lr 0.001 | 0.2") for line in lines) == 2
-    assert sum(line.startswith("| lora, lr 0.0005 (not the choice) |") for line in lines) == 4
-    assert sum(line.startswith("| nbar, lr 0.001 (no choice: seed 0 was not run) |") for line in lines) == 4
+    assert sum(line.startswith("| lora, lr 0.0005 (not the choice) |") for line in lines) == 10
+    assert sum(line.startswith("| nbar, lr 0.001 (no choice: seed 0 was not run) |") for line in lines) == 10
     assert (
-        sum(line.startswith("| obar, lr 0.001 (no choice: seed 0 was not run) (1 of 2 runs) |") for line in lines) == 4
+        sum(line.startswith("| obar, lr 0.001 (no choice: seed 0 was not run) (1 of 2 runs) |") for line in lines) == 10
     )
 
 
@@ -390,6 +415,39 @@ def test_a_run_is_the_trainers(monkeypatch: pytest.MonkeyPatch, laboratory_: lab
     assert str(Path.cwd()) not in json.dumps([one, other]) and other["wall_seconds"] > other["seconds"]
     again = laboratory_.train(Configuration("lora", 1e-3), 1)
     assert again["training_losses"] == one["training_losses"] and again["evaluations"][2] == one["evaluations"][2]
+
+
+def test_the_best_step_is_measured_as_if_it_were_the_last(
+    monkeypatch: pytest.MonkeyPatch, laboratory_: laboratory.Laboratory
+):
+    for name in ("PICTURES", "FEWER", "FEW_STEPS"):
+        monkeypatch.setattr(measures, name, 2)
+    monkeypatch.setattr(laboratory_, "evaluations", few_of(laboratory_.evaluations))
+    steep = Configuration("lora", 0.3, {"ema_decay": 0.5})
+    found = {}
+    for steps in (1, 2):
+        monkeypatch.setattr(laboratory_, "task", replace(laboratory_.task, evaluated_at=tuple(range(1, steps + 1))))
+        found[steps] = laboratory_.train(steep, 1, finished=True)
+    losses = [found[2]["evaluations"][step]["validation"] for step in (1, 2)]
+    assert losses[0] < losses[1]  # or nothing is tested here
+    assert "at_best" not in found[1]
+    best = found[2]["at_best"]
+    assert best.pop("step") == 1
+    assert best == {name: found[1][name] for name in best} and best["pictures"] != found[2]["pictures"]
+
+
+def test_published_runs_say_what_was_run():
+    """Flags by which the trainer repeats them, and what they were run with."""
+    folders = [command.RESULTS, command.CONFIRMATION, *(path for path in command.TRANSFER.iterdir() if path.is_dir())]
+    published = [run for folder in folders for run in runs(folder)]
+    assert len(published) > 500
+    defaults = {one.name: one.default for one in fields(TrainingConfig)}
+    for run in published:
+        flags = defaults | run["config"]  # those that are the trainer's own are not in it
+        told = {name: run[name] for name in ("method", "learning_rate", "seed")} | run["settings"]
+        assert {name: flags[name] for name in told} == told
+        assert flags["max_train_steps"] == len(run["training_losses"])
+        assert run["versions"]["torch"] and run["versions"]["peft"]
 
 
 def test_subjects_hold_two_photos_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.quality.costs import time_cost
 from benchmarks.quality.differences import Row, left_out, share
-from benchmarks.quality.finished import LIKENESS, drawn_alike, flatness_table, pictures_table
+from benchmarks.quality.finished import finished_tables, liked, likeness
 from benchmarks.quality.measured import losses_table, measured_rows
 from benchmarks.quality.plan import CONFIRMED, Configuration
 from benchmarks.quality.results import at_best, last, runs
@@ -41,8 +41,7 @@ def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]
         "",
         *_in_short(rows, ratios),
         *losses_table(rows, ratios),
-        *pictures_table(rows),
-        *flatness_table(rows),
+        *finished_tables(rows),
         *left_out(found, rows),
     ]
 
@@ -54,7 +53,7 @@ def _in_short(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
         rows: LoRA's first.
         ratios: times of a step.
     """
-    alike = drawn_alike(rows, [LIKENESS])
+    drawn = liked(rows)
     lines = [
         "### In short",
         "",
@@ -62,12 +61,12 @@ def _in_short(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
         "unseen names to the true icons, of which more is, and the time of a step on a CPU. The tables below have the "
         "same in the measures' own units.",
         "",
-        "| | " + " | ".join([*IN_SHORT, "pictures", "a step"]) + " |",
-        "|---|" + "---|" * (len(IN_SHORT) + 2),
+        "| | " + " | ".join([*IN_SHORT, *(f"pictures, {when} step" for when in drawn), "a step"]) + " |",
+        "|---|" + "---|" * (len(IN_SHORT) + len(drawn) + 1),
     ]
     for row in rows[1:]:
         cells = [share(row.values(measure)) for measure in IN_SHORT.values()]
-        cells.append(share(row.values(lambda run: run["pictures"][LIKENESS])) if row in alike else "")
+        cells += [share(some[row.title].values(likeness)) if row.title in some else "" for some in drawn.values()]
         cost = time_cost(row.configuration, ratios)
         fewer = row.title.removeprefix(row.configuration.key)
         lines.append(

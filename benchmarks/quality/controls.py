@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.quality.costs import time_cost
 from benchmarks.quality.differences import Row, cell, share
-from benchmarks.quality.finished import LIKENESS, drawn_alike
+from benchmarks.quality.finished import liked, likeness
 from benchmarks.quality.plan import FULL_RANK, Configuration
 from benchmarks.quality.results import at_best, device_of, last
 
@@ -113,12 +113,15 @@ def _rows(some: Sequence[dict[str, Any]], control: Configuration) -> list[Row]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    alike = drawn_alike(rows, [LIKENESS])
-    lines = ["| method | " + " | ".join([*COLUMNS, "like the true icon"]) + " |", "|---|" + "---|" * 5]
+    drawn = liked(rows)
+    heads = [*COLUMNS, *(f"like the true icon, {when}" for when in drawn)]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for row in rows:
         columns = [(row.values(value), 4) for value in COLUMNS.values()]
-        columns += [(row.values(lambda run: run["pictures"][LIKENESS]), 3)] if row in alike else []
-        cells = [cell(values, digits, True) if row.is_lora else share(values) for values, digits in columns]
-        cells += [""] * (row not in alike)
+        columns += [(some[row.title].values(likeness) if row.title in some else [], 3) for some in drawn.values()]
+        cells = [
+            (cell(values, digits, True) if row.is_lora else share(values)) if values else ""
+            for values, digits in columns
+        ]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
     return [*lines, ""]

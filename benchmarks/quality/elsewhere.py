@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.quality.controls import DROPOUT, HALF
 from benchmarks.quality.costs import time_cost
 from benchmarks.quality.differences import Row, cell, left_out, paired_rows, test_cells
+from benchmarks.quality.finished import finished_tables
 from benchmarks.quality.plan import Configuration
 from benchmarks.quality.results import at_best, device_of, last, runs
 
@@ -40,8 +41,7 @@ def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: M
         "of a row that says so they chose another one. "
         "Columns as above; `flat, last`: what is forgotten, at the end. LoRA's rows have its values, in the losses' "
         "own units, and their standard error. Below, the same rows paired with the controls: LoRA at half the learning "
-        "rate, and with dropout. Losses alone were measured: no pictures were drawn. Flat-LoRA's runs are "
-        "older than its table of random numbers: their noise was drawn for each weight.",
+        "rate, and with dropout. Pictures are drawn and sharpness is measured of icons; of photographs losses alone.",
         "",
     ]
     for task, found in groups.items():
@@ -61,7 +61,7 @@ def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: M
         for row in rows:
             cells = _transferred_cells(row, time_cost(row.configuration, ratios, batch))
             lines.append("| " + " | ".join([row.title, *cells]) + " |")
-        lines += ["", *_beside_controls(found, rows)]
+        lines += ["", *_beside_controls(found, rows), *finished_tables(rows, "####")]
     return lines
 
 

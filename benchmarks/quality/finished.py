@@ -9,14 +9,15 @@ from benchmarks.quality.differences import Row, cell, interval
 from benchmarks.quality.flatness import DIRECTIONS, POWER_STEPS, RANDOM_SIZE, SIZES
 from benchmarks.quality.laboratory import RANK, SHARPNESS_DRAWS
 from benchmarks.quality.measures import FEWER
+from benchmarks.quality.results import finished_at_best
 
-__all__ = ["LIKENESS", "PICTURE_MEASURES", "drawn_alike", "flatness_table", "pictures_table"]
+__all__ = ["PICTURE_MEASURES", "at_best_step", "finished_tables", "liked", "likeness"]
 
 PICTURE_MEASURES = {
-    "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true 3D icon, in [-2, 2]"),
+    "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true icon, in [-2, 2]"),
     "similarity_to_true_few_steps": ("in 8 steps", "the same with 8 sampling steps instead of 20"),
     "distance_to_true": ("squared error", "mean squared difference of colours to the true icon, less is better"),
-    "retrieval_rank": ("rank", "mean place of the name's own 3D icon among all 506 by similarity; 1 is best"),
+    "retrieval_rank": ("rank", "mean place of the name's own icon among all 506 by similarity; 1 is best"),
     "retrieved_top_10": ("found in 10", "share of names whose own icon is among the nearest 10"),
     "nearest_training_picture": ("like a training icon", "similarity to the nearest of the 23: copying"),
     "diversity": ("diversity", "2 less the similarity between two seeds' pictures of a name"),
@@ -39,19 +40,51 @@ FLATNESS = {
 """Title by space and name."""
 
 
-def pictures_table(rows: Sequence[Row]) -> list[str]:
-    """Of the rows that have all that LoRA's has; the others are named below it.
+def finished_tables(rows: Sequence[Row], level: str = "###") -> list[str]:
+    """What was measured of the best step, where it was, and of the last; nothing if it was not of LoRA's.
 
     Arguments:
         rows: LoRA's first.
+        level: of the headings.
+    """
+    measured = [row for row in rows if all("pictures" in run for pair in row.runs for run in pair)]
+    best = at_best_step(measured)
+    lines = []
+    for table in (_pictures_table, _flatness_table):
+        for when, some in (("best", best), ("last", measured)):
+            shown, found = table(some, when) if some and some[0].is_lora else ([], [])
+            lines += [f"{level} {found[0]}, {when} step", *found[1:], *_without(rows, shown)] if found else []
+    return lines
+
+
+def at_best_step(rows: Sequence[Row]) -> list[Row]:
+    """Of the rows that have it, what was measured of each run at its step of lowest validation loss."""
+    found = []
+    for row in rows:
+        pairs = [(finished_at_best(run), finished_at_best(plain)) for run, plain in row.runs]
+        if all(one is not None for pair in pairs for one in pair):
+            found.append(Row(row.title, row.is_lora, pairs))
+    return found
+
+
+WHEN = {"best": "each run at its step of lowest validation loss", "last": "after the last step"}
+
+
+def _pictures_table(rows: Sequence[Row], when: str) -> tuple[list[Row], list[str]]:
+    """Arguments:
+        rows: LoRA's first.
+        when: a key of `WHEN`.
+
+    Returns:
+        (the rows that have all that LoRA's has; the title and the table of them).
     """
     names = _names(rows[0].runs[0][0])
     measures = [name for name in PICTURE_MEASURES if all(name in run["pictures"] for run, _ in rows[0].runs)]
-    drawn = drawn_alike(rows, measures)
+    drawn = _drawn_alike(rows, measures)
     lines = [
-        "### Pictures",
+        "Pictures",
         "",
-        f"{names} unseen names, drawn after the last step (in 8 steps, of two seeds, and flat: {FEWER} of them). "
+        f"{names} unseen names, drawn {WHEN[when]} (in 8 steps, of two seeds, and flat: {FEWER} of them). "
         + "; ".join(f"`{PICTURE_MEASURES[name][0]}`: {PICTURE_MEASURES[name][1]}" for name in measures)
         + ".",
         "",
@@ -63,32 +96,49 @@ def pictures_table(rows: Sequence[Row]) -> list[str]:
             for name in measures
         ]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
-    return [*lines, "", *_without(rows, drawn)]
+    return drawn, [*lines, ""]
 
 
-def drawn_alike(rows: Sequence[Row], measures: Sequence[str]) -> list[Row]:
+def liked(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """The rows of which the likeness to the true icons can be told, by `WHEN` and title; their runs have "pictures".
+
+    Arguments:
+        rows: LoRA's first.
+    """
+    found = {"best": at_best_step(rows), "last": rows}
+    return {when: {row.title: row for row in _drawn_alike(some, [LIKENESS])} for when, some in found.items()}
+
+
+def likeness(run: Mapping[str, Any]) -> float:
+    """To the true icon: the measure that stands for all of what is drawn."""
+    return run["pictures"][LIKENESS]
+
+
+def _drawn_alike(rows: Sequence[Row], measures: Sequence[str]) -> list[Row]:
     """Those that have these measures, of as many names as LoRA's.
 
     Arguments:
         rows: LoRA's first.
     """
-    names = _names(rows[0].runs[0][0])
+    names = _names(rows[0].runs[0][0]) if rows else 0
     return [row for row in rows if all(_names(run) == names and _has(run, measures) for run, _ in row.runs)]
 
 
-def flatness_table(rows: Sequence[Row]) -> list[str]:
-    """Of the rows that it was measured of; nothing if LoRA's is not one.
-
-    Arguments:
+def _flatness_table(rows: Sequence[Row], when: str) -> tuple[list[Row], list[str]]:
+    """Arguments:
         rows: LoRA's first.
+        when: a key of `WHEN`.
+
+    Returns:
+        (the rows that it was measured of; the title and the table of them), both empty if LoRA's is not one.
     """
     found = [row for row in rows if all("lora" in run["sharpness"] for run, _ in row.runs)]
     if not found or not found[0].is_lora:
-        return []
+        return [], []
     lines = [
-        "### Sharpness",
+        "Sharpness",
         "",
-        f"Of the training loss after the last step, on {SHARPNESS_DRAWS} fixed draws, by `bilora_diffusion.sharpness`: "
+        f"Of the training loss {WHEN[when]}, on {SHARPNESS_DRAWS} fixed draws, by `bilora_diffusion.sharpness`: "
         "first in the space of LoRA's factors, then in that of the merged weights; less is flatter. `random`: the mean "
         f"rise after steps of {RANDOM_SIZE:g} of each row's norm, to either side of {DIRECTIONS} filter-normalised "
         f"directions; `gradient`: the rise after a step along it of {100 * SIZES['lora']:g} % of the factors' norm, "
@@ -101,7 +151,7 @@ def flatness_table(rows: Sequence[Row]) -> list[str]:
     for row in found:
         cells = [_share_cell(row.values(lambda run, at=at: _flatness(run, *at)), row.is_lora) for at in FLATNESS]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
-    return [*lines, "", *_without(rows, found)]
+    return found, [*lines, ""]
 
 
 def _share_cell(values: Sequence[tuple[float, float]], is_lora: bool) -> str:
@@ -133,5 +183,5 @@ def _head(titles: Sequence[str]) -> list[str]:
 
 
 def _without(rows: Sequence[Row], shown: Sequence[Row]) -> list[str]:
-    missing = [row.title for row in rows if row not in shown]
+    missing = [row.title for row in rows if row.title not in {one.title for one in shown}]
     return [f"Trained before this was measured so: {'; '.join(missing)}.", ""] if missing else []

@@ -1,5 +1,6 @@
 """Trains configurations with the trainer itself, alone or stacked, and measures what came out."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ from bilora_diffusion.finishing import package_versions
 from bilora_diffusion.prompts import EmbeddedPrompts
 from bilora_diffusion.randomness import generator
 from bilora_diffusion.sdxl import encode_images, latents_from, time_ids
+from bilora_diffusion.training import Trainer
 
 __all__ = ["BATCH", "Laboratory", "training_config"]
 
@@ -127,7 +129,8 @@ class Laboratory:
 
         Arguments:
             all_losses: at each.
-            finished: with `measures` of the end.
+            finished: with what is `measured` of the end, and "at_best" of the step of lowest validation loss; of a
+                task without icons nothing is.
         """
         return self.train_all([(configuration, seed)], all_losses=all_losses, finished=finished)[0]
 
@@ -149,10 +152,11 @@ class Laboratory:
         def run(number: int, member: Member | None = None) -> dict[str, Any]:
             parts, (configuration, seed) = assembled[number], runs[number]
             began = time.perf_counter()
-            result = self._trained(parts, configuration, seed, all_losses, member)
-            if finished:
+            kept = _Best() if finished and self.task.icons is not None else None
+            result = self._trained(parts, configuration, seed, all_losses, member, kept)
+            if kept is not None:
                 with self._one_at_a_time:  # they share the pipeline that draws
-                    result |= self._finished(parts, seed)
+                    result |= self._finished(parts, seed, kept)
             if member is None:
                 result["wall_seconds"] = time.perf_counter() - began
             done(number, result)
@@ -163,7 +167,13 @@ class Laboratory:
         return stacked(self.pipeline.unet, [parts.models["unet"] for parts in assembled], run)
 
     def _trained(
-        self, parts, configuration: Configuration, seed: int, all_losses: bool, member: Member | None
+        self,
+        parts,
+        configuration: Configuration,
+        seed: int,
+        all_losses: bool,
+        member: Member | None,
+        kept: "_Best | None",
     ) -> dict[str, Any]:
         losses, gaps, evaluations, seconds = [], [], {}, 0.0
         for step in range(self.task.steps):
@@ -178,6 +188,8 @@ class Laboratory:
             if step + 1 in self.task.evaluated_at:
                 whole = all_losses or step + 1 == self.task.steps
                 evaluations[step + 1] = self.evaluate(parts, self.evaluations if whole else ("validation",))
+                if kept is not None:
+                    kept.look(parts.trainer, step + 1, evaluations[step + 1]["validation"])
         if member is not None:
             member.leave()
         return {
@@ -195,16 +207,27 @@ class Laboratory:
             "singular_share": parts.radius.singular_share if parts.radius else None,
         }
 
-    def _finished(self, parts, seed: int) -> dict[str, Any]:
-        """Pictures, flatness and robustness of what would be exported."""
+    def _finished(self, parts, seed: int, kept: "_Best") -> dict[str, Any]:
+        """Of what would be exported after the last step and, "at_best", after the best if it is another."""
+        with parts.trainer.as_exported():
+            found = self.measured(parts, seed)
+            if kept.step == self.task.steps:
+                return found
+            with torch.no_grad():  # nothing is done with the last step's from here on
+                for own, then in zip(parts.trainer.primary, kept.primary, strict=True):
+                    own.copy_(then)
+            return found | {"at_best": {"step": kept.step} | self.measured(parts, seed)}
+
+    def measured(self, parts, seed: int) -> dict[str, Any]:
+        """Pictures, flatness and robustness of the models as they are."""
         unet = parts.models["unet"].eval()
         of_training = rows_of(self.evaluations["training"][0], slice(SHARPNESS_DRAWS))
-        with parts.trainer.as_exported():
-            return {
-                "pictures": pictures(self.pipeline, unet, self.icons, self.lists, seed, self._flat_of_base(seed)),
-                "sharpness": sharpness(parts.models, self._bound(parts, [of_training]), RANK),
-                "rounded_to_8_bits": rounding(parts.models, lambda: self._loss(parts, "test")),
-            }
+        flat = self._flat_of_base(seed)
+        return {
+            "pictures": pictures(self.pipeline, unet, self.icons, self.task.icons, self.lists, seed, flat),
+            "sharpness": sharpness(parts.models, self._bound(parts, [of_training]), RANK),
+            "rounded_to_8_bits": rounding(parts.models, lambda: self._loss(parts, "test")),
+        }
 
     def _flat_of_base(self, seed: int) -> Tensor:
         """Drawn once for all runs of a seed."""
@@ -238,3 +261,19 @@ class Laboratory:
         objective = parts.trainer.objective
         share = 1 / len(batches)
         return [TrainingMicroBatch(batch, parts.models, objective, torch.float32, share, scaler) for batch in batches]
+
+
+class _Best:
+    """The primary adapter as it would have been exported at the step of lowest validation loss so far."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.loss = math.inf
+        self.primary: list[Tensor] = []
+
+    def look(self, trainer: Trainer, step: int, loss: float) -> None:
+        """Keeps a copy if the loss is lower than before."""
+        if loss < self.loss:
+            with trainer.as_exported():
+                self.step, self.loss = step, loss
+                self.primary = [parameter.detach().clone() for parameter in trainer.primary]

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.quality.costs import step_bytes, time_cost
 from benchmarks.quality.differences import Row, cell, interval, paired_rows, test_cells
-from benchmarks.quality.finished import flatness_table, pictures_table
+from benchmarks.quality.finished import at_best_step, finished_tables
 from benchmarks.quality.plan import Configuration
 from benchmarks.quality.results import at_best, last
 
@@ -36,8 +36,7 @@ def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], curves: s
         "",
         *losses_table(rows, ratios),
         *([f"![losses over steps]({curves})", ""] if curves else []),
-        *pictures_table(rows),
-        *flatness_table(rows),
+        *finished_tables(rows),
     ]
 
 
@@ -49,7 +48,7 @@ def losses_table(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
         "step of lowest validation loss; `equal time`: the same among the steps that it makes while LoRA makes all "
         "of its own; `last`: at the end; `last, to best`: that less LoRA's at LoRA's own best step; `gap`: test "
         "less training, at the end; `raised`: how much the perturbation raises the loss of the batch at hand, mean "
-        "over the run, in 1e-4; `8 bits`: test at the end, the adapted weights rounded to 8 bits; `time a step`: "
+        "over the run, in 1e-4; `8 bits`: test with the adapted weights rounded to 8 bits; `time a step`: "
         "as a share of LoRA's, at least that for full space; LoRA's seconds are the median of its runs, on one core "
         "of a machine that did other things too; `memory`: the most that a step holds at once, in MB of 10^6 bytes, "
         "LoRA's with the frozen UNet, the others' on top of LoRA's. Memory is counted, not measured: "
@@ -57,20 +56,24 @@ def losses_table(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
         "would hold.",
         "",
         "| method | mean, best | mean, last | test, best | test, equal time | test, last | last, to best "
-        "| gap | raised | flat, best | flat, last | 8 bits | time a step | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| gap | raised | flat, best | flat, last | 8 bits, best | 8 bits, last | time a step | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     plain = rows[0]
+    best = {row.title: row for row in at_best_step(rows)}
     plain_bytes = step_bytes(plain.configuration)
     for row in rows:
-        cells = _loss_cells(row, time_cost(row.configuration, ratios))
+        cells = _loss_cells(row, best.get(row.title), time_cost(row.configuration, ratios))
         memory = 0 if row.is_lora else step_bytes(row.configuration) - plain_bytes
         cells.append(f"{plain_bytes / 1e6:.1f}" if row.is_lora else f"{memory / 1e6:+.1f}")
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
     return [*lines, ""]
 
 
-def _loss_cells(row: Row, cost: float | None) -> list[str]:
+def _loss_cells(row: Row, then: Row | None, cost: float | None) -> list[str]:
+    """Arguments:
+    then: what was measured at each run's best step.
+    """
     means = [
         cell(row.values(value), 4, True) for value in (lambda run: at_best(run, "test"), lambda run: last(run)["test"])
     ]
@@ -80,9 +83,10 @@ def _loss_cells(row: Row, cost: float | None) -> list[str]:
     values = [
         lambda run: at_best(run, "flat"),
         lambda run: last(run)["flat"],
-        lambda run: run["rounded_to_8_bits"],
     ]
     cells = [cell(row.values(value), 4, row.is_lora) for value in values]
+    rounded = [None if some is None else some.values(lambda run: run["rounded_to_8_bits"]) for some in (then, row)]
+    cells += ["" if values is None else cell(values, 4, row.is_lora) for values in rounded]
     beyond = interval([1e4 * (last(run)["test"] - at_best(plain, "test")) for run, plain in row.runs], 0)
     differences = [*([""] * 3 if row.is_lora else test_cells(row, cost)), beyond]
     seconds = [run["seconds"] / len(run["training_losses"]) for run, _ in row.runs if run["seconds"] is not None]

@@ -215,6 +215,7 @@ TRANSFERRED = (
     Configuration("bilora-fresh", 5e-4, _FRESH),
     Configuration("flat-lora", 5e-4, _NOISE),
     Configuration("flat-lora", 1e-3, _NOISE),
+    Configuration("flat-lora", 2.5e-4, _NOISE),
     Configuration("looksam", 1e-3, {"rho": 0.05}),
     Configuration("nbar", 5e-4, {"bar_strength": 2.0}),
 )

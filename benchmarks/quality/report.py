@@ -115,7 +115,9 @@ INTRODUCTION = [
     "paired. Losses are means over fixed draws: of 3D icons that were never trained on (validation names to choose "
     "by, test names to report), of the 23 (training), and of flat icons (what is forgotten). Where a candidate is "
     "missing below it was not run. `time a step` is of a UNet of 59 million parameters ([speed.md](speed.md)); with "
-    "half the rows, dropout or noise on top it is put together from steps that were measured there.",
+    "half the rows, dropout or noise on top it is put together from steps that were measured there. Each run's file "
+    "has its flags, seed, losses and versions; to files older than the flags these were added later, by the function "
+    "that writes them now.",
 ]
 
 

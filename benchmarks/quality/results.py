@@ -18,6 +18,7 @@ __all__ = [
     "chosen",
     "configuration_of",
     "device_of",
+    "finished_at_best",
     "is_alone",
     "kind",
     "kind_of",
@@ -39,6 +40,11 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 def best_step(run: Mapping[str, Any]) -> str:
     """The step with the lowest loss on the validation names."""
     return min(run["evaluations"], key=lambda step: run["evaluations"][step]["validation"])
+
+
+def finished_at_best(run: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What holds "pictures", "sharpness" and "rounded_to_8_bits" of the best step; None: the file is older than it."""
+    return run if best_step(run) == max(run["evaluations"], key=int) else run.get("at_best")
 
 
 def chosen(folder: Path) -> dict[str, Configuration]:

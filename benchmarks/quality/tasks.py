@@ -64,6 +64,7 @@ class Task:
     held: what losses are measured on: "validation", "test", "training" and "flat", icons that the base knows.
     settings: of `TrainingConfig`, beside a method's own.
     evaluated_at: steps; the last one is the training's length.
+    icons: all names in the style that is learned, (N, 3, 64, 64), uint8; None for photographs.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Task:
     held: Mapping[str, Held]
     settings: Mapping[str, Any] = field(default_factory=dict)
     evaluated_at: Sequence[int] = (50, 100, 150, 200, 300, 400)
+    icons: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -80,7 +82,9 @@ class Task:
 
 def solid_icons() -> Task:
     """The 23 3D icons that ship with the embedded base."""
-    return Task("3d", CONCEPT_FOLDER, _icons(Icons.shipped().style(SOLID_STYLE), concept_caption))
+    icons = Icons.shipped()
+    held = _icons(icons.style(SOLID_STYLE), concept_caption)
+    return Task("3d", CONCEPT_FOLDER, held, icons=icons.pixels[SOLID_STYLE])
 
 
 def batch_of_one() -> Task:
@@ -110,7 +114,7 @@ def style(name: str) -> Task:
             lines.append(json.dumps({"file_name": file, "text": concept_caption(one)}))
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    return Task(name, _made_once(name, fill), _icons(from_bytes(pixels), concept_caption))
+    return Task(name, _made_once(name, fill), _icons(from_bytes(pixels), concept_caption), icons=pixels)
 
 
 def subjects(folder: Path, classes: Sequence[str] = ()) -> list[Task]:

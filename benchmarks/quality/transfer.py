@@ -57,4 +57,5 @@ def transfer(
             [Run(folder / name, one, seed) for task, seed, one in mine if task == name],
             stack=stack,
             all_losses=True,
+            finished=True,
         )
