@@ -254,18 +254,39 @@ def test_memory_is_counted_at_each_rows_own_settings(tmp_path: Path, laboratory_
 
 
 def test_curves_are_of_what_was_measured_on_other_seeds(tmp_path: Path):
-    lora = Configuration("lora", 1e-3)
-    write(tmp_path / "runs", lora, 0, {100: 0.2, 200: 0.3})
-    assert not curves.draw(tmp_path / "runs", tmp_path / "curves.png") and not (tmp_path / "curves.png").exists()
+    """Four panels in a row; drawn by the report where it stands, and nothing while there is nothing to compare."""
+
+    def size() -> tuple[int, int]:
+        text = report(tmp_path / "runs", pictures=tmp_path)
+        assert text.count("![losses over steps](quality_curves.png)") == 1
+        return Image.open(tmp_path / "quality_curves.png").size
+
+    write(tmp_path / "runs", Configuration("lora", 1e-3), 0, {100: 0.2, 200: 0.3})
+    assert "![" not in report(tmp_path / "runs", pictures=tmp_path) and not list(tmp_path.glob("*.png"))
     sizes = []
     for rows, method in enumerate(("lora", "nbar", "obar", "s2-sam", "bilora"), start=1):
         for seed in (0, 1, 2):
             write(tmp_path / "runs", Configuration(method, 1e-3), seed, {100: 0.2 + seed * rows / 50, 200: 0.3})
-        assert curves.draw(tmp_path / "runs", tmp_path / "curves.png")
-        sizes.append(Image.open(tmp_path / "curves.png").size)
-    assert sizes[0] == sizes[3] and sizes[4][1] == 2 * sizes[3][1]  # four panels in a row
-    with Image.open(tmp_path / "curves.png") as picture:
+        sizes.append(size())
+    assert sizes[0] == sizes[3] and sizes[4][1] == 2 * sizes[3][1]
+    with Image.open(tmp_path / "quality_curves.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_new_seeds_and_longer_runs_have_curves_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measured, "step_bytes", lambda configuration: 10**6)
+    lora, nbar = CONFIRMED[0], Configuration("nbar", 5e-4)
+    write(tmp_path / "runs", lora, 0, {100: 0.2})
+    for folder in ("confirmed", "transfer/3d-800-steps", "transfer/3d-batch-1"):
+        for seed in (6, 7):
+            for one in (lora, nbar):
+                write(tmp_path / folder, one, seed, {100: 0.3, 200: 0.2}, drawn=1.5)
+    text = report(
+        tmp_path / "runs", transfer=tmp_path / "transfer", confirmation=tmp_path / "confirmed", pictures=tmp_path
+    )
+    names = {"quality_curves_new_seeds.png", "quality_curves_800_steps.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
+    assert all(text.count(f"({name})") == 1 for name in names)
 
 
 def test_points_of_the_curves_are_paired_differences(tmp_path: Path):
@@ -315,7 +336,6 @@ def test_a_report_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for name, folder in folders.items():
         monkeypatch.setattr(command, name, folder)
     monkeypatch.setattr(command, "STACKING", tmp_path / "stacking.json")
-    monkeypatch.setattr(command, "CURVES", tmp_path / "curves.png")
 
     def made() -> str:
         assert command.main(["report"]) == 0, capsys.readouterr().err
@@ -327,7 +347,7 @@ def test_a_report_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         for seed in (1, 2):
             write(folder, nbar, seed, {100: 0.2})
     assert made().count("has no run of the same seed or subject and device: nbar, lr 0.001.") == 3
-    assert not (tmp_path / "curves.png").exists()
+    assert not list(tmp_path.glob("*.png"))
     lora, other = Configuration("lora", 1e-3), Configuration("lora", 5e-4)
     write(folders["RESULTS"], lora, 0, {100: 0.1})
     for folder in (folders["RESULTS"], folders["TRANSFER"] / "openmoji"):

@@ -39,7 +39,6 @@ CONFIRMATION = RESULTS.parent / "confirmation"
 RISES = RESULTS.parent / "rises"
 TRANSFER = RESULTS.parent / "transfer"
 STACKING = RESULTS.parent / "stacking.json"
-CURVES = RESULTS.parent / "quality_curves.png"
 SPEED = RESULTS.parent / "speed_medium_cpu.json"
 SEEDS = (1, 2, 3, 4, 5)
 NEW_SEEDS = (6, 7, 8, 9, 10)
@@ -77,12 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report() -> None:
-    from benchmarks.quality.curves import draw
     from benchmarks.quality.report import report
 
-    drawn = draw(RESULTS, CURVES)
     path = RESULTS.parent / "quality.md"
-    path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER, CONFIRMATION, CURVES.name if drawn else None))
+    path.write_text(report(RESULTS, RISES, STACKING, SPEED, TRANSFER, CONFIRMATION, path.parent))
     print(path)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.costs import time_cost
+from benchmarks.quality.curves import curves
 from benchmarks.quality.differences import Row, left_out, share
 from benchmarks.quality.finished import finished_tables, liked, likeness
 from benchmarks.quality.measured import losses_table, measured_rows
@@ -21,10 +22,11 @@ IN_SHORT: dict[str, Callable[[Mapping[str, Any]], float]] = {
 }
 
 
-def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]:
+def confirmation_section(folder: Path, ratios: Mapping[str, float], pictures: Path | None = None) -> list[str]:
     """Arguments:
     folder: of the files of `confirm`.
     ratios: times of a step.
+    pictures: a folder for the curves; None: without.
     """
     found = runs(folder)
     rows = measured_rows(found, {"lora": CONFIRMED[0]}, telling=False)
@@ -41,6 +43,7 @@ def confirmation_section(folder: Path, ratios: Mapping[str, float]) -> list[str]
         "",
         *_in_short(rows, ratios),
         *losses_table(rows, ratios),
+        *curves(rows, pictures, "quality_curves_new_seeds.png"),
         *finished_tables(rows),
         *left_out(found, rows),
     ]

@@ -3,38 +3,36 @@
 import math
 import statistics
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.differences import Row
-from benchmarks.quality.measured import measured_rows
-from benchmarks.quality.results import CHOOSING_SEED, chosen, runs
 from bilora_diffusion.paired import half_width
 from bilora_diffusion.report.plots import COLOURS
 
-__all__ = ["draw", "points"]
+__all__ = ["curves", "points"]
 
 COLUMNS = 4
 WIDTH_LETTERS = 46  # of a panel
 LOSSES = {"test": "unseen 3D icons", "training": "the 23 trained ones", "flat": "flat icons"}
 
 
-def draw(folder: Path, path: Path) -> bool:
-    """LoRA's losses in the first panel; in the others differences to it, with their 95 % intervals.
+def curves(rows: Sequence[Row], folder: Path | None, file: str) -> list[str]:
+    """Draws LoRA's losses in the first panel, in the others differences to it, with their 95 % intervals.
 
     Arguments:
-        folder: of the runs' files.
-        path: of the PNG.
+        rows: LoRA's first.
+        folder: for the PNG; None: nothing is drawn.
+        file: the PNG's name.
 
     Returns:
-        False if nothing can be compared on other seeds than the choosing one, and nothing written.
+        What shows it in the report.
     """
+    if not rows or folder is None:
+        return []
     from matplotlib.figure import Figure
 
-    measured = [run for run in runs(folder) if run["seed"] != CHOOSING_SEED]
-    rows = measured_rows(measured, chosen(folder))
-    if not rows:
-        return False
     count = math.ceil(len(rows) / COLUMNS)
     figure = Figure(figsize=(3.3 * COLUMNS, 2.4 * count), layout="constrained")
     axes = figure.subplots(count, COLUMNS, squeeze=False).flat
@@ -49,14 +47,14 @@ def draw(folder: Path, path: Path) -> bool:
         axis.set_title(_wrapped(row.title), fontsize=8)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=7, loc="center right", bbox_to_anchor=(1, 0.35))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
     axes[0].set_ylabel("loss", fontsize=8)
     for axis in axes[1 : len(rows)]:
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set_ylabel("difference to lora, 1e-4", fontsize=7)
     figure.supxlabel("steps", fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    return True
+    figure.savefig(folder / file, dpi=110, metadata={"Software": None})
+    return [f"![losses over steps]({file})", ""]
 
 
 def points(row: Row, name: str) -> list[tuple[int, float, float]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.quality.controls import DROPOUT, HALF
 from benchmarks.quality.costs import time_cost
+from benchmarks.quality.curves import curves
 from benchmarks.quality.differences import Row, cell, left_out, paired_rows, test_cells
 from benchmarks.quality.finished import finished_tables
 from benchmarks.quality.plan import Configuration
@@ -19,6 +20,8 @@ ELSEWHERE = {
     "high-contrast": "black silhouettes of the same 23 names",
     "openmoji": "outlines with flat colours, of the same 23 names",
 }
+DRAWN = {ELSEWHERE["3d-800-steps"]: "quality_curves_800_steps.png"}
+"""What the losses over the steps are drawn of, and the PNG's name."""
 CONTROLS = {"half the rate": HALF, "dropout": DROPOUT}
 COLUMNS = {
     "test, best": lambda run: at_best(run, "test"),
@@ -27,8 +30,14 @@ COLUMNS = {
 SUBJECTS = "photographs of one subject: two or three to learn, one to validate, one to test"
 
 
-def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: Mapping[str, float]) -> list[str]:
-    """A table for each task; all subjects are one. A row is one configuration, whatever is chosen by now."""
+def elsewhere_section(
+    folder: Path, best: Mapping[str, Configuration], ratios: Mapping[str, float], pictures: Path | None = None
+) -> list[str]:
+    """A table for each task; all subjects are one. A row is one configuration, whatever is chosen by now.
+
+    Arguments:
+        pictures: a folder for the curves of `DRAWN`; None: without.
+    """
     groups: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         for run in runs(place):
@@ -41,7 +50,8 @@ def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: M
         "of a row that says so they chose another one. "
         "Columns as above; `flat, last`: what is forgotten, at the end. LoRA's rows have its values, in the losses' "
         "own units, and their standard error. Below, the same rows paired with the controls: LoRA at half the learning "
-        "rate, and with dropout. Pictures are drawn and sharpness is measured of icons; of photographs losses alone.",
+        "rate, and with dropout. Where pictures were drawn, their tables follow. Flat-LoRA's runs are older than its "
+        "table of random numbers: their noise was drawn for each weight.",
         "",
     ]
     for task, found in groups.items():
@@ -61,6 +71,8 @@ def elsewhere_section(folder: Path, best: Mapping[str, Configuration], ratios: M
         for row in rows:
             cells = _transferred_cells(row, time_cost(row.configuration, ratios, batch))
             lines.append("| " + " | ".join([row.title, *cells]) + " |")
+        if task in DRAWN:
+            lines += ["", *curves(rows, pictures, DRAWN[task])]
         lines += ["", *_beside_controls(found, rows), *finished_tables(rows, "####")]
     return lines
 

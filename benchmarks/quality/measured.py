@@ -2,9 +2,11 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.costs import step_bytes, time_cost
+from benchmarks.quality.curves import curves
 from benchmarks.quality.differences import Row, cell, interval, paired_rows, test_cells
 from benchmarks.quality.finished import at_best_step, finished_tables
 from benchmarks.quality.plan import Configuration
@@ -20,11 +22,11 @@ def measured_rows(
     return paired_rows({(run["key"], run["seed"]): run for run in some}, best, telling=telling)
 
 
-def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], curves: str | None = None) -> list[str]:
+def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], pictures: Path | None = None) -> list[str]:
     """Arguments:
     rows: LoRA's first.
     ratios: times of a step.
-    curves: the picture's address.
+    pictures: a folder for the curves; None: without.
     """
     seeds = [run["seed"] for run, _ in rows[0].runs]
     return [
@@ -35,7 +37,7 @@ def measured_section(rows: Sequence[Row], ratios: Mapping[str, float], curves: s
         "as seed 0's validation names chose it; of a row that says so they chose another one.",
         "",
         *losses_table(rows, ratios),
-        *([f"![losses over steps]({curves})", ""] if curves else []),
+        *curves(rows, pictures, "quality_curves.png"),
         *finished_tables(rows),
     ]
 

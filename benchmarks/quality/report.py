@@ -39,7 +39,7 @@ def report(
     speed: Path | None = None,
     transfer: Path | None = None,
     confirmation: Path | None = None,
-    curves: str | None = None,
+    pictures: Path | None = None,
 ) -> str:
     """Markdown.
 
@@ -51,7 +51,7 @@ def report(
         stacking: the file of `stacking`.
         speed: what `benchmarks.speed` measured, each method's step against LoRA's in turn; the runs' own times are of a
             machine that did other things too.
-        curves: the address of the picture that `curves.draw` made.
+        pictures: the report's own folder, for the losses' curves; None: without.
     """
     everything = runs(folder)
     best = chosen(folder)
@@ -59,14 +59,14 @@ def report(
     measured = [run for run in everything if run["seed"] != CHOOSING_SEED]
     ratios = time_ratios(speed) if speed is not None else {}
     if confirmation is not None and confirmation.is_dir():
-        lines += confirmation_section(confirmation, ratios)
+        lines += confirmation_section(confirmation, ratios, pictures)
     if measured:
         rows = measured_rows(measured, best)
-        lines += measured_section(rows, ratios, curves) if rows else []
+        lines += measured_section(rows, ratios, pictures) if rows else []
         lines += left_out(measured, rows)
     lines += controls_section(measured, _all_below(confirmation)) + ascents_section(measured, ratios)
     if transfer is not None and transfer.is_dir():
-        lines += elsewhere_section(transfer, best, ratios)
+        lines += elsewhere_section(transfer, best, ratios, pictures)
     looked = runs(rises) if rises is not None and rises.is_dir() else []
     if looked:
         lines += _rises(looked)
