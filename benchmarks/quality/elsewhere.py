@@ -50,8 +50,7 @@ def elsewhere_section(
         "of a row that says so they chose another one. "
         "Columns as above; `flat, last`: what is forgotten, at the end. LoRA's rows have its values, in the losses' "
         "own units, and their standard error. Below, the same rows paired with the controls: LoRA at half the learning "
-        "rate, and with dropout. Where pictures were drawn, their tables follow. Flat-LoRA's runs are older than its "
-        "table of random numbers: their noise was drawn for each weight.",
+        "rate, and with dropout. Where pictures were drawn, their tables follow.",
         "",
     ]
     for task, found in groups.items():
