@@ -143,8 +143,9 @@ def test_pictures_and_flatness_are_of_rows_measured_alike(tmp_path: Path):
     assert sum("| -20 +- 0 % |" in line for line in flatness[: flatness.index(told)]) == 1  # of the gradient's top 4
 
 
-def test_the_best_step_has_tables_of_its_own(tmp_path: Path):
+def test_the_best_step_has_tables_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of each run at its own; a run that is not at its best in the end and was measured there alone is told."""
+    monkeypatch.setattr(measured, "step_bytes", lambda configuration: 10**6)
     lora, flat, old = (Configuration(method, 1e-3) for method in ("lora", "flat-lora", "nbar"))
     better = {"pictures": dict.fromkeys(PICTURE_MEASURES, 0.75) | {"names": 60}, "rounded_to_8_bits": 0.2}
     better |= {"step": 100, "sharpness": {"loss": 0.1} | dict.fromkeys(("lora", "full"), FLATNESS)}
@@ -253,8 +254,9 @@ def test_memory_is_counted_at_each_rows_own_settings(tmp_path: Path, laboratory_
     }
 
 
-def test_curves_are_of_what_was_measured_on_other_seeds(tmp_path: Path):
+def test_curves_are_of_what_was_measured_on_other_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Four panels in a row; drawn by the report where it stands, and nothing while there is nothing to compare."""
+    monkeypatch.setattr(measured, "step_bytes", lambda configuration: 10**6)  # has a test of its own
 
     def size() -> tuple[int, int]:
         text = report(tmp_path / "runs", pictures=tmp_path)
