@@ -47,7 +47,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark-quality: setup  ## all methods on the embedded base: three hours on two cores, goes on where it stopped
+benchmark-quality: setup  ## all methods on the embedded base: three to four hours on two cores, goes on where it stopped
 	for stage in choose measure; do \
 		$(BIN)/python -m benchmarks.quality $$stage --alone --part 1/2 & one=$$!; \
 		$(BIN)/python -m benchmarks.quality $$stage --alone --part 2/2 && wait $$one || exit 1; \

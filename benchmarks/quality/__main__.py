@@ -17,7 +17,7 @@ The last two have flags of their own (`paper --help`) and write into outputs/; d
 others every run is written when it is done, so that a stopped command goes on with the next one. One process uses one
 core: start two with --part 1/2 and --part 2/2 to use two. --stack 8 trains eight in common batches; what that saves on
 a --device `stacking` measures. `choose --alone` and `measure --alone` are the table of the methods, without controls,
-combinations and what else was tried: about three hours on two cores.
+combinations and what else was tried: three to four hours on two cores.
 """
 
 import argparse

@@ -40,7 +40,9 @@ def budget_section(
         "## What it took",
         "",
         "Runs of one core each, training, evaluating and drawing, beside other work of the machine's; where a stage's "
-        "runs do not all tell their time, the median of those that do stands for the others. A stage goes on where it "
+        "runs do not all tell their time, the median of those that do stands for the others. Where a run of `measure` "
+        "or `confirm` is older than the measures of its best step, its time is without them: about what those of the "
+        "last step take, if that is another. A stage goes on where it "
         f"was stopped, and trains nothing whose file is there. On two cores all stages take {whole / 2:.1f} hours",
     ]
     parts = [hours.get(f"{stage} --alone") for stage in alone]

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.quality.costs import time_cost
 from benchmarks.quality.curves import curves
 from benchmarks.quality.differences import Row, left_out, share
-from benchmarks.quality.finished import finished_tables, liked, likeness
+from benchmarks.quality.finished import drawn_rows, finished_tables, likeness
 from benchmarks.quality.measured import losses_table, measured_rows
 from benchmarks.quality.plan import CONFIRMED, Configuration
 from benchmarks.quality.results import at_best, last, runs
@@ -56,7 +56,7 @@ def _in_short(rows: Sequence[Row], ratios: Mapping[str, float]) -> list[str]:
         rows: LoRA's first.
         ratios: times of a step.
     """
-    drawn = liked(rows)
+    drawn = drawn_rows(rows)
     lines = [
         "### In short",
         "",

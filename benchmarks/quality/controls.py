@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.quality.costs import time_cost
 from benchmarks.quality.differences import Row, cell, share
-from benchmarks.quality.finished import liked, likeness
+from benchmarks.quality.finished import drawn_rows, likeness
 from benchmarks.quality.plan import FULL_RANK, Configuration
 from benchmarks.quality.results import at_best, device_of, last
 
@@ -113,7 +113,7 @@ def _rows(some: Sequence[dict[str, Any]], control: Configuration) -> list[Row]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    drawn = liked(rows)
+    drawn = drawn_rows(rows)
     heads = [*COLUMNS, *(f"like the true icon, {when}" for when in drawn)]
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for row in rows:

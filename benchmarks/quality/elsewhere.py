@@ -70,9 +70,8 @@ def elsewhere_section(
         for row in rows:
             cells = _transferred_cells(row, time_cost(row.configuration, ratios, batch))
             lines.append("| " + " | ".join([row.title, *cells]) + " |")
-        if task in DRAWN:
-            lines += ["", *curves(rows, pictures, DRAWN[task])]
-        lines += ["", *_beside_controls(found, rows), *finished_tables(rows, "####")]
+        drawn = curves(rows, pictures, DRAWN[task]) if task in DRAWN else []
+        lines += ["", *drawn, *_beside_controls(found, rows), *finished_tables(rows, "####")]
     return lines
 
 

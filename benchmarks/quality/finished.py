@@ -11,7 +11,7 @@ from benchmarks.quality.laboratory import RANK, SHARPNESS_DRAWS
 from benchmarks.quality.measures import FEWER
 from benchmarks.quality.results import finished_at_best
 
-__all__ = ["PICTURE_MEASURES", "at_best_step", "finished_tables", "liked", "likeness"]
+__all__ = ["PICTURE_MEASURES", "at_best_step", "drawn_rows", "finished_tables", "likeness"]
 
 PICTURE_MEASURES = {
     "similarity_to_true": ("like the true icon", "similarity of colours and shapes to the true icon, in [-2, 2]"),
@@ -27,6 +27,9 @@ PICTURE_MEASURES = {
 """Title and meaning by name."""
 LIKENESS = "similarity_to_true"
 DIGITS = {"retrieval_rank": 2}
+
+WHEN = {"best": "each run at its step of lowest validation loss", "last": "after the last step"}
+"""When something is measured, by the name of a step."""
 
 FLATNESS = {
     ("lora", "random"): "random",
@@ -67,9 +70,6 @@ def at_best_step(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-WHEN = {"best": "each run at its step of lowest validation loss", "last": "after the last step"}
-
-
 def _pictures_table(rows: Sequence[Row], when: str) -> tuple[list[Row], list[str]]:
     """Arguments:
         rows: LoRA's first.
@@ -99,8 +99,8 @@ def _pictures_table(rows: Sequence[Row], when: str) -> tuple[list[Row], list[str
     return drawn, [*lines, ""]
 
 
-def liked(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """The rows of which the likeness to the true icons can be told, by `WHEN` and title; their runs have "pictures".
+def drawn_rows(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """The rows whose likeness to the true icons was measured, by `WHEN` and title; their runs have "pictures".
 
     Arguments:
         rows: LoRA's first.
