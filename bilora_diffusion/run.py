@@ -49,6 +49,7 @@ __all__ = ["DTYPES", "Outcome", "resolved_precision", "train"]
 logger = logging.getLogger("bilora_diffusion")
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+READING_SECONDS = 600  # a disk of another machine may sleep; a batch is read in less
 
 
 @dataclass(frozen=True)
@@ -231,18 +232,28 @@ class Run:
             batch_size=self.config.train_batch_size,
             rows_in=self.parts.dataset.rows_in,
         )
+        workers = self.config.dataloader_num_workers
         loader = DataLoader(
             self.parts.dataset,
             batch_sampler=draws,
             collate_fn=flatten,
-            num_workers=self.config.dataloader_num_workers,
+            num_workers=workers,
             worker_init_fn=ignore_interrupts,
+            # A process forked beside running threads can stop for ever at a lock that one of them held.
+            timeout=READING_SECONDS if workers else 0,
         )
         try:
             yield from loader
         except UserError as error:
             # torch wraps what a worker raised into that worker's traceback.
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            raise UserError(
+                f"--dataloader_num_workers {workers}: nothing was read in {READING_SECONDS} s. Go on from the last "
+                "checkpoint (--resume_from_checkpoint latest) with --dataloader_num_workers 0"
+            ) from None
 
     def _measure_gap(self, micro_batches) -> None:
         """On the rows of the step that comes next, with the perturbation it will be taken under."""
