@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import multiprocessing
 import os
 import random
 import time
@@ -250,9 +251,14 @@ class Run:
         except RuntimeError as error:
             if "DataLoader timed out" not in str(error):
                 raise
+            # One that stopped at its start has this run's handler of SIGTERM: only SIGKILL ends it.
+            for child in multiprocessing.active_children():
+                with suppress(RuntimeError):  # torch's handler of SIGCHLD tells of it
+                    child.kill()
+                    child.join()
             raise UserError(
-                f"--dataloader_num_workers {workers}: nothing was read in {READING_SECONDS} s. Go on from the last "
-                "checkpoint (--resume_from_checkpoint latest) with --dataloader_num_workers 0"
+                f"--dataloader_num_workers {workers}: nothing was read in {READING_SECONDS} s. Set it to 0; "
+                "--resume_from_checkpoint latest goes on where there is a checkpoint"
             ) from None
 
     def _measure_gap(self, micro_batches) -> None:

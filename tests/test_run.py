@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +39,6 @@ from whole_run import (
 from bilora_diffusion import assembly, finishing, run, sampling
 from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.batches import TrainingMicroBatch
-from bilora_diffusion.errors import UserError
 from bilora_diffusion.finishing import peak_memory_bytes
 from bilora_diffusion.lora_files import upload
 from bilora_diffusion.lora_files.diffusers_format import save_diffusers
@@ -792,20 +790,43 @@ def test_a_picture_that_changes_while_workers_read_it(tmp_path: Path) -> None:
     assert ended.stdout.startswith("a.png changed") and ended.stdout.count("\n") == 1
 
 
-def test_a_worker_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sleeping:
-        def __getitem__(self, draw: int) -> None:
-            time.sleep(60)
+HUNG_WORKER = """
+import os
+import sys
+import threading
+from types import SimpleNamespace
 
-        def rows_in(self, draw: int) -> int:
-            return 1
+from bilora_diffusion import run
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.interruption import Interruption
 
-    monkeypatch.setattr(run, "READING_SECONDS", 1)
-    loop = SimpleNamespace(
-        parts=SimpleNamespace(dataset=Sleeping()),
-        machine=SimpleNamespace(rank=0, processes=1),
-        config=SimpleNamespace(train_batch_size=1, dataloader_num_workers=1),
-        progress=SimpleNamespace(draws=0),
-    )
-    with pytest.raises(UserError, match=r"^--dataloader_num_workers 1: nothing was read in 1 s"):
-        next(run.Run._batches(loop))
+class Dataset:
+    def __getitem__(self, draw):
+        held.acquire()
+
+    def rows_in(self, draw):
+        return 1
+
+if __name__ == "__main__":
+    run.READING_SECONDS = 1
+    held = threading.Lock()
+    held.acquire()
+    if sys.argv[1] == "at its start":
+        os.register_at_fork(after_in_child=held.acquire)
+    machine, progress = SimpleNamespace(rank=0, processes=1), SimpleNamespace(draws=0)
+    config, parts = SimpleNamespace(train_batch_size=1, dataloader_num_workers=1), SimpleNamespace(dataset=Dataset())
+    with Interruption():
+        try:
+            next(run.Run._batches(SimpleNamespace(parts=parts, machine=machine, config=config, progress=progress)))
+        except UserError as error:
+            print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the worker's lock is the parent's where it is forked")
+@pytest.mark.parametrize("where", ["at its start", "at a picture"])
+def test_a_worker_that_hangs_is_told_and_ended(where: str) -> None:
+    """Under the run's handler of SIGTERM, which a worker that stops at its start keeps."""
+    ended = subprocess.run([sys.executable, "-c", HUNG_WORKER, where], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("--dataloader_num_workers 1: nothing was read in 1 s"), ended.stderr
