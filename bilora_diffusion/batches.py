@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bilora_diffusion.data.dreambooth import Row
 from bilora_diffusion.data.latents import LatentSource
 from bilora_diffusion.diffusion import Objective, draw_noise, draw_timestep
+from bilora_diffusion.fused import AllFactors
 from bilora_diffusion.prompts import Prompts
 from bilora_diffusion.randomness import generator
 from bilora_diffusion.sdxl import Conditioning, denoise, latents_from, time_ids
@@ -138,6 +139,7 @@ class TrainingMicroBatch:
         compute_dtype: what the UNet is fed; autocast runs in it where it is a half precision.
         share: this micro-batch's part of the step's mean, 1 / micro-batches.
         scaler: fp16's loss scale, disabled otherwise.
+        factors: of the models, to be joined for a pass all at once; None: layer by layer.
     """
 
     batch: Batch
@@ -146,6 +148,7 @@ class TrainingMicroBatch:
     compute_dtype: torch.dtype
     share: float
     scaler: torch.amp.GradScaler
+    factors: AllFactors | None = None
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -180,8 +183,14 @@ class TrainingMicroBatch:
         output = self._output(noisy, timesteps, batch.conditioning[rows])
         return self.objective.predictions(output, noisy, timesteps)
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss * self.share).backward()
+    def add_gradient(self, rows: slice = slice(None), weight: float = 1.0) -> Tensor:
+        with nullcontext() if self.factors is None else self.factors.joined(self.compute_dtype):
+            loss = self.loss(rows)
+            self._backward(loss * (weight * self.share))
+        return loss.detach()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
 
     def in_float32(self) -> "TrainingMicroBatch":
         """The same draws for a loss computed without half precision; see `loss_gap.float32_computation`."""

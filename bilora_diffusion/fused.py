@@ -10,13 +10,16 @@ and, for the gradient g of y, with one product added into another again:
 With dropout each adapter has its own x, so a product down for each; of what it drew a byte an element is kept, where
 peft's layers keep the dropped x too.
 
+The factors are joined for all layers at once where a pass says so (`AllFactors`), else layer by layer; see `joined`.
+
 peft adds one adapter after another: each reads x, writes a whole y, and does both again in the backward pass. The
 factors stay peft's own parameters; only the layer's forward is another. benchmarks/speed measures what it saves.
 
 A perturbation of the weight costs no product either: the layer computes with W0 + N, which is made for each pass anew.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +27,10 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bilora_diffusion.joined import Joined, LayerFactors, join
 from bilora_diffusion.stored_linear import StoredLinear, StoredWeight, compute_dtype
 
-__all__ = ["FusedLinear", "Perturbation", "fuse", "tap", "unfuse"]
+__all__ = ["AllFactors", "FusedLinear", "Perturbation", "fuse", "tap", "unfuse"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,37 +66,80 @@ class FusedLinear(Linear):
 
     perturbation: Perturbation | None = None
     on_gradient: Callable[[Tensor, Tensor], None] | None = None
+    _ready: tuple[list[str], Joined] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out), in the precision that peft's forward gives."""
         dtype = compute_dtype(x)
-        names = None if args or kwargs or dtype is None else self._stackable(x, dtype)
-        if not names:
-            y = super().forward(x, *args, **kwargs)
-            y = y if self.perturbation is None else y + self.perturbation.product(x.to(y.dtype))
-            return y if self.on_gradient is None else tap(x, y, self.on_gradient)
-        A, B = ([factor[name].weight for name in names] for factor in (self.lora_A, self.lora_B))
-        scales = [self.scaling[name] for name in names]
+        ready = self._ready
+        if ready is None or ready[1].down.dtype != dtype or args or kwargs:
+            autocast = torch.is_autocast_enabled(x.device.type)
+            names = None if args or kwargs or dtype is None else self._stackable(x.device, dtype, autocast)
+            if not names:
+                y = super().forward(x, *args, **kwargs)
+                y = y if self.perturbation is None else y + self.perturbation.product(x.to(y.dtype))
+                return y if self.on_gradient is None else tap(x, y, self.on_gradient)
+            ready = names, join([self._factors(names)], dtype)[0]
+        names, joined = ready
         chances = [_chance(self.lora_dropout[name]) for name in names]
         base = self.base_layer
         weight = base.stored if isinstance(base, StoredLinear) else base.weight
         own = self.perturbation, self.on_gradient
-        return _Stacked.apply(x.to(dtype), weight, base.bias, *own, scales, chances, *A, *B)
+        return _Stacked.apply(x.to(dtype), weight, base.bias, *own, joined.scale, joined.ranks, chances, *joined[:2])
 
-    def _stackable(self, x: Tensor, dtype: torch.dtype) -> list[str] | None:
+    def _stackable(self, device: torch.device, dtype: torch.dtype, autocast: bool) -> list[str] | None:
         """The adapters that add something, None where peft's own forward is needed."""
-        if self._disable_adapters or self.merged_adapters or not _is_plain(self.base_layer, x.device):
+        if self._disable_adapters or self.merged_adapters or not _is_plain(self.base_layer, device):
             return None
         names = [name for name in self.active_adapters if name in self.lora_A and self.scaling[name] != 0]
         if not all(self._is_vanilla(name) for name in names):
             return None
         dtypes = {factors[name].weight.dtype for name in names for factors in (self.lora_A, self.lora_B)}
-        converts = dtypes != {dtype} and not torch.is_autocast_enabled(x.device.type)
+        converts = dtypes != {dtype} and not autocast
         return None if converts or len(dtypes) > 1 else names
 
     def _is_vanilla(self, name: str) -> bool:
         drops_elements = type(self.lora_dropout[name]) in (nn.Identity, nn.Dropout)
         return name not in self.lora_variant and self.lora_B[name].bias is None and drops_elements
+
+    def _factors(self, names: list[str]) -> LayerFactors:
+        return [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in names]
+
+
+class AllFactors:
+    """The factors of all fused layers of some models, for passes in which they stay as they are.
+
+    Arguments:
+        models: all adapters attached.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        self._layers = [layer for model in models for layer in _layers(model, FusedLinear)]
+
+    @contextmanager
+    def joined(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, the layers find their factors joined: for a forward pass, and for its backward pass, in which
+        gradient checkpointing computes it again. Neither the factors nor which of them are on may change meanwhile.
+
+        Arguments:
+            dtype: of the products; where it is a half precision, the passes are autocast's.
+        """
+        ready: list[tuple[FusedLinear, list[str]]] = []
+        for layer in self._layers:
+            if type(layer) is not FusedLinear:  # meanwhile peft's again
+                continue
+            device = next(iter(layer.lora_A.values())).weight.device
+            names = layer._stackable(device, dtype, autocast=dtype.itemsize == 2)
+            if names:
+                ready.append((layer, names))
+        together = join([layer._factors(names) for layer, names in ready], dtype)
+        try:
+            for (layer, names), factors in zip(ready, together, strict=True):
+                layer._ready = names, factors
+            yield
+        finally:
+            for layer, _ in ready:
+                del layer._ready
 
 
 def fuse(model: nn.Module) -> None:
@@ -129,7 +176,7 @@ def _chance(dropout: nn.Module) -> float:
 
 
 class _Stacked(torch.autograd.Function):
-    """x (W0 + N)' + b + sum over adapters of s B A d(x), d its dropout; the base is frozen and has no gradient."""
+    """x (W0 + N)' + b + scale sum over adapters of up down d(x), d its dropout; the base has no gradient."""
 
     @staticmethod
     def forward(
@@ -139,20 +186,16 @@ class _Stacked(torch.autograd.Function):
         bias: Tensor | None,
         perturbation: Perturbation | None,
         on_gradient: Callable[[Tensor, Tensor], None] | None,
-        scales: list[float],
+        scale: float,
+        ranks: tuple[int, ...],
         chances: list[float],
-        *factors: Tensor,
+        down: Tensor,
+        up: Tensor,
     ) -> Tensor:
-        A, B = factors[: len(scales)], factors[len(scales) :]
-        scale = scales[0]
-        if any(other != scale for other in scales):
-            B, scale = [one * s for one, s in zip(B, scales, strict=True)], 1.0
-        down, up = _join(A, 0).to(x.dtype), _join(B, 1).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        ranks = [len(one) for one in A]
         if any(chances):
             shown = [_dropped(rows, chance) for chance in chances]
-            h = torch.cat([x @ one.mT for (x, _), one in zip(shown, down.split(ranks), strict=True)], 1)
+            h = _cat([x @ one.mT for (x, _), one in zip(shown, down.split(ranks), strict=True)], 1)
             masks = [mask for _, mask in shown]
         else:
             h, masks = rows @ down.mT, []
@@ -164,23 +207,21 @@ class _Stacked(torch.autograd.Function):
         is_stored = not isinstance(weight, Tensor)
         ctx.save_for_backward(rows, h, None if is_stored else weight, down, up, *masks)
         ctx.stored = weight if is_stored else None
-        ctx.on_gradient = on_gradient
-        ctx.perturbation, ctx.scale, ctx.scales, ctx.shape = perturbation, scale, scales, x.shape
-        ctx.ranks, ctx.dtype, ctx.chances = ranks, A[0].dtype, chances
+        ctx.on_gradient, ctx.perturbation = on_gradient, perturbation
+        ctx.scale, ctx.shape, ctx.ranks, ctx.chances = scale, x.shape, ranks, chances
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, h, weight, down, up, *masks = ctx.saved_tensors
-        count = len(ctx.scales)
-        of_x, of_A, of_B = ctx.needs_input_grad[0], ctx.needs_input_grad[7 : 7 + count], ctx.needs_input_grad[-count:]
+        of_x, of_down, of_up = ctx.needs_input_grad[0], *ctx.needs_input_grad[-2:]
         weight = ctx.stored if weight is None else weight
         g = gradient.reshape(-1, gradient.shape[-1])
         if ctx.on_gradient is not None:
             ctx.on_gradient(rows, g)
-        gx, gA, gB = None, [None] * count, [None] * count
-        if of_x or any(of_A):
+        gx = gdown = gup = None
+        if of_x or of_down:
             gh = g @ up
             if ctx.scale != 1:
                 gh *= ctx.scale
@@ -199,17 +240,15 @@ class _Stacked(torch.autograd.Function):
                 else:
                     gx.addmm_(gh, down)
                 gx = gx.view(ctx.shape)
-            if any(of_A) and masks:
-                gA = [(piece.mT @ _shown(rows, mask)).to(ctx.dtype) for piece, mask in zip(pieces, masks, strict=True)]
-            elif any(of_A):
-                gA = (gh.mT @ rows).to(ctx.dtype).split(ctx.ranks)
-        if any(of_B):
-            gB = [
-                piece.to(ctx.dtype) * s if s != 1 else piece.to(ctx.dtype)
-                for piece, s in zip((g.mT @ h).split(ctx.ranks, dim=1), ctx.scales, strict=True)
-            ]
-        wanted = (one if needed else None for one, needed in zip((*gA, *gB), (*of_A, *of_B), strict=True))
-        return gx, None, None, None, None, None, None, *wanted
+            if of_down and masks:
+                gdown = _cat([piece.mT @ _shown(rows, mask) for piece, mask in zip(pieces, masks, strict=True)], 0)
+            elif of_down:
+                gdown = gh.mT @ rows
+        if of_up:
+            gup = g.mT @ h
+            if ctx.scale != 1:
+                gup *= ctx.scale
+        return gx, *[None] * 7, gdown, gup
 
 
 def _dropped(rows: Tensor, chance: float) -> tuple[Tensor, Tensor | None]:
@@ -248,5 +287,5 @@ def _unrounded(weight: Tensor | StoredWeight, dtype: torch.dtype) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.restored(dtype)
 
 
-def _join(tensors: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)

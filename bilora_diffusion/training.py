@@ -15,6 +15,7 @@ from bilora_diffusion.base_prediction import hold_to_base
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.diffusion import Objective
+from bilora_diffusion.fused import AllFactors
 from bilora_diffusion.methods import Method
 from bilora_diffusion.processes import average_gradients, process_number
 from bilora_diffusion.randomness import stream_seed
@@ -69,6 +70,7 @@ class Trainer:
         ema_decay: float | None = None,
     ) -> None:
         self.models = models
+        self.factors = AllFactors(models.values())
         self.objective = objective
         self.primary = [parameter for part in primary.values() for parameter in part]
         self.optimizer = optimizer
@@ -90,7 +92,7 @@ class Trainer:
         """Binds the drawn rows of one optimiser step to the models, outside any perturbation."""
         share = 1 / len(batches)
         bound = [
-            TrainingMicroBatch(batch, self.models, self.objective, self.compute_dtype, share, self.scaler)
+            TrainingMicroBatch(batch, self.models, self.objective, self.compute_dtype, share, self.scaler, self.factors)
             for batch in batches
         ]
         return [hold_to_base(micro_batch) for micro_batch in bound] if self.base_prior else bound

@@ -44,5 +44,7 @@ class StackBatch:
     def loss(self, rows: slice = slice(None)) -> Tensor:
         return (self.model(self.x[rows]) - self.y[rows]).square().mean()
 
-    def backward(self, loss: Tensor) -> None:
-        (loss * self.share).backward()
+    def add_gradient(self, rows: slice = slice(None), weight: float = 1.0) -> Tensor:
+        loss = self.loss(rows)
+        (loss * weight * self.share).backward()
+        return loss.detach()

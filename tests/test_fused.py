@@ -8,12 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
+from tiny_run import all_equal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.speed.measuring import OperationCounter
 from bilora_diffusion import fused
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, adapted_layers, auxiliary_off
 from bilora_diffusion.fused import FusedLinear, fuse, unfuse
+from bilora_diffusion.joined import join
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 
@@ -84,7 +87,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     apply = fused._Stacked.apply
 
     def counting(*arguments):
-        calls.append(len(arguments[5]))
+        calls.append(len(arguments[6]))
         return apply(*arguments)
 
     monkeypatch.setattr(fused._Stacked, "apply", counting)
@@ -178,9 +181,12 @@ def test_gradients_by_finite_differences(chances):
 
     def output(x: Tensor, *factors: Tensor) -> Tensor:
         torch.manual_seed(1)  # the same elements are dropped each time
-        return fused._Stacked.apply(x, base.weight, base.bias, None, None, scales, list(chances), *factors)
+        A1, B1, A2, B2 = factors
+        (one,) = join([[(A1, B1, scales[0]), (A2, B2, scales[1])]], torch.float64)
+        own = one.scale, one.ranks, list(chances), one.down, one.up
+        return fused._Stacked.apply(x, base.weight, base.bias, None, None, *own)
 
-    assert torch.autograd.gradcheck(output, (x, A1, A2, B1, B2))
+    assert torch.autograd.gradcheck(output, (x, A1, B1, A2, B2))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
@@ -387,3 +393,77 @@ def test_a_run_takes_pefts_steps(build, method, fused_calls):
     layers = sum(1 for part in runs[0].parts.models.values() for _ in adapted_layers(part))
     assert len(fused_calls) >= 3 * layers
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# --- the factors of all layers together ---
+
+TOGETHER = {
+    "lora": ("lora", "bf16", {}),
+    "bilora": ("bilora", "no", {"train_text_encoder": True}),
+    "half": ("bilora", "bf16", {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+    "fp16": ("bilora", "fp16", {"lora_dropout": 0.3}),
+    "two passes": ("bilora-fresh", "bf16", {}),
+    "another start": ("bilora", "bf16", {"init_lora_weights": "olora"}),
+}
+
+
+@pytest.mark.parametrize(("method", "precision", "flags"), TOGETHER.values(), ids=TOGETHER)
+def test_joined_together_or_one_by_one_are_the_same_bits(build, method, precision, flags):
+    runs = [build(method, precision, auxiliary_learning_rate=0.01, **flags) for _ in range(2)]
+    runs[1].parts.trainer.factors = None
+    losses = [run.train(3) for run in runs]
+    assert losses[0] == losses[1]
+    for adapter in (PRIMARY, AUXILIARY):
+        assert all_equal(*(run.tensors(adapter) for run in runs))
+    assert not any(layer._ready for part in runs[0].parts.models.values() for _, layer in adapted_layers(part))
+
+
+def test_what_is_joined_for_a_pass_is_gone_after_an_error(build):
+    run = build("bilora", "bf16")
+    layers = [layer for _, layer in adapted_layers(run.parts.models["unet"])]
+    with pytest.raises(ZeroDivisionError), run.parts.trainer.factors.joined(torch.bfloat16):
+        assert all(layer._ready for layer in layers)
+        raise ZeroDivisionError
+    assert not any(layer._ready for layer in layers)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointing"])
+def test_an_auxiliary_asks_for_few_operations_more(build, precision, flags):
+    """Joined layer by layer it would be six and more for each of the 64 layers, and as many again for LoRA in half."""
+    counts = {}
+    for method in ("lora", "bilora"):
+        run = build(method, precision, lora_layers=None, **flags)
+        layers = sum(1 for _ in adapted_layers(run.parts.models["unet"]))
+        run.train(2)
+        (micro_batch,) = run.micro_batches(2)
+        with OperationCounter() as counter:
+            micro_batch.add_gradient()
+        counts[method] = counter.count
+    assert 0 < counts["bilora"] - counts["lora"] < layers
+    run = build("lora", precision, lora_layers=None, **flags)
+    run.parts.trainer.factors = None
+    (micro_batch,) = run.micro_batches()
+    with OperationCounter() as counter:
+        micro_batch.add_gradient()
+    saved = counter.count - counts["lora"]
+    assert saved > 3 * layers if precision == "bf16" else saved == 0
+
+
+def test_a_layer_that_the_loss_does_not_see_has_no_gradient():
+    factors = [torch.randn(2, 3, requires_grad=True), torch.randn(4, 2, requires_grad=True)]
+    unseen = [one.detach().clone().requires_grad_() for one in factors]
+    frozen = [one.detach().clone() for one in factors]
+    layers = [[(*factors, 0.5), (*frozen, 0.25)], [(*unseen, 0.5), (*frozen, 0.25)]]
+    seen, other = join(layers, torch.bfloat16)
+    assert seen.down.requires_grad and other.up.requires_grad and seen.scale == 1 and seen.ranks == (2, 2)
+    assert torch.equal(seen.up[:, 2:], (frozen[1] * 0.25).bfloat16())
+    seen.up.sum().backward()
+    assert torch.equal(factors[1].grad, torch.full((4, 2), 0.5)) and factors[0].grad is None
+    assert [one.grad for one in unseen] == [None, None] and frozen[1].grad is None
+
+
+def test_where_there_is_nothing_to_join_nothing_is_copied():
+    A, B = torch.randn(2, 3), torch.randn(4, 2)
+    (one,) = join([[(A, B, 0.5)]], torch.float32)
+    assert one.down is A and one.up is B and one.scale == 0.5

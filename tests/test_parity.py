@@ -270,8 +270,10 @@ class QuadraticBatch:
     def loss(self, rows: slice = slice(None)) -> Tensor:
         return self.w @ self.H @ self.w / 2
 
-    def backward(self, loss: Tensor) -> None:
-        (loss * self.share).backward()
+    def add_gradient(self, rows: slice = slice(None), weight: float = 1.0) -> Tensor:
+        loss = self.loss(rows)
+        (loss * weight * self.share).backward()
+        return loss.detach()
 
 
 def test_sam_has_its_closed_form():

@@ -38,8 +38,10 @@ class Quadratic:
         apart = self.w.flatten() - self.m
         return apart @ self.H @ apart / 2
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def add_gradient(self, rows: slice = slice(None), weight: float = 1.0) -> Tensor:
+        loss = self.loss(rows)
+        (loss * weight).backward()
+        return loss.detach()
 
 
 def quadratic() -> Quadratic:

@@ -204,7 +204,7 @@ class Member:
 
     def bind(self, micro_batches: Sequence[TrainingMicroBatch]) -> list[TrainingMicroBatch]:
         """The same draws, computed by the stack."""
-        return [StackedMicroBatch(**vars(one) | {"models": {UNET: self}}) for one in micro_batches]
+        return [StackedMicroBatch(**vars(one) | {"models": {UNET: self}, "factors": None}) for one in micro_batches]
 
     def leave(self) -> None:
         """The run calls no more."""
@@ -214,8 +214,8 @@ class Member:
 class StackedMicroBatch(TrainingMicroBatch):
     """Of a run in a stack: float32, the UNet alone trained."""
 
-    def backward(self, loss: Tensor) -> None:
-        self.models[UNET].backward(self.scaler.scale(loss * self.share))
+    def _backward(self, loss: Tensor) -> None:
+        self.models[UNET].backward(self.scaler.scale(loss))
 
 
 def stacked(unet: nn.Module, adapted: Sequence[nn.Module], run: Callable[[int, Member], Result]) -> list[Result]:

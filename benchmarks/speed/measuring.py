@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.contenders import BASELINE, Contender, Setting, Specification
 from bilora_diffusion.compilation import uncompiled
 
-__all__ = ["Sample", "in_rounds", "matmul_flops_per_second", "prepare"]
+__all__ = ["OperationCounter", "Sample", "in_rounds", "matmul_flops_per_second", "prepare"]
 
 WATCHED = 2
 NEIGHBOURS = 3
@@ -70,8 +71,8 @@ def prepare(
     """Builds all contenders, warms them up and looks at each by itself.
 
     Returns:
-        the contenders, and for each name what does not need repeating: `flops`, `outside_unet`, and on CUDA
-        `kernels` and `peak_memory_bytes` (None elsewhere).
+        the contenders, and for each name what does not need repeating: `flops`, `operations`, `outside_unet`, and on
+        CUDA `kernels` and `peak_memory_bytes` (None elsewhere).
     """
     runners, facts = [], {}
     on_cuda = setting.device.type == "cuda"
@@ -85,7 +86,8 @@ def prepare(
         if on_cuda:
             own = torch.cuda.memory_allocated() - before
             found = {"peak_memory_bytes": shared + own + _rise(runner), "kernels": _kernels(runner)}
-        facts[runner.name] = found | {"flops": flops, "outside_unet": _outside_unet(runner)}
+        found |= {"flops": flops, "operations": _operations(runner), "outside_unet": _outside_unet(runner)}
+        facts[runner.name] = found
         runners.append(runner)
         say(f"{runner.name} is ready")
     return runners, facts
@@ -168,6 +170,40 @@ def _flops(runner: Runner) -> float:
         for _ in range(runner.contender.cycle):
             runner.step()
     return counter.get_total_flops() / runner.contender.cycle
+
+
+def _operations(runner: Runner) -> float:
+    """That a step asks the device for, as it is written."""
+    with uncompiled(), OperationCounter() as counter:
+        for _ in range(runner.contender.cycle):
+            runner.step()
+    return counter.count / runner.contender.cycle
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts torch's operations that compute something: no views, and nothing that only reserves memory.
+
+    On a GPU each is at least one kernel, which the host has to launch; the same on every device, but for optimisers,
+    which take all tensors in one operation on some. In several threads only what its own thread asks for, with the
+    backward passes that it starts.
+
+    Attributes:
+        count: so far.
+    """
+
+    NOTHING = frozenset(
+        {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "new_empty_strided", "promote_types"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += not (function.is_view or function.overloadpacket.__name__ in self.NOTHING)
+        return function(*args, **(kwargs or {}))
 
 
 def _outside_unet(runner: Runner) -> float:

@@ -16,7 +16,7 @@ def displaced(parameters: Sequence[nn.Parameter], by: Sequence[Tensor], factor: 
     The extra memory is one copy of the parameters: subtracting what was added would leave its rounding behind.
     """
     values = [parameter.data for parameter in parameters]
-    kept = [value.clone() for value in values]
+    kept = torch._foreach_mul(values, 1.0)  # on a GPU in a few calls, where a clone of each would take a thousand
     try:
         torch._foreach_add_(values, list(by), alpha=factor)
         yield

@@ -33,8 +33,14 @@ class MicroBatch(Protocol):
     def loss(self, rows: slice = slice(None)) -> Tensor:
         """The mean loss over some of its rows at the model's present weights: a float32 scalar with its graph."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds this loss's share of the step's mean (1 / micro-batches, times fp16's loss scale) to `.grad`."""
+    def add_gradient(self, rows: slice = slice(None), weight: float = 1.0) -> Tensor:
+        """One forward and one backward pass: adds the gradient of `weight` times `loss(rows)` to `.grad`.
+
+        As this micro-batch's share of the step's mean: 1 / micro-batches, times fp16's loss scale.
+
+        Returns:
+            the loss, detached.
+        """
 
 
 class Method:
@@ -89,13 +95,8 @@ class Method:
 
 
 def backward_each(micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """One forward and one backward for each micro-batch; returns their mean loss, detached."""
-    losses = []
-    for micro_batch in micro_batches:
-        loss = micro_batch.loss()
-        micro_batch.backward(loss)
-        losses.append(loss.detach())
-    return torch.stack(losses).mean()
+    """One forward and one backward pass for each micro-batch; returns their mean loss, detached."""
+    return torch.stack([micro_batch.add_gradient() for micro_batch in micro_batches]).mean()
 
 
 def gradients(
@@ -114,8 +115,8 @@ def gradients(
         for micro_batch in micro_batches:
             rows = min(left, len(micro_batch))
             if rows:
-                loss = micro_batch.loss(slice(None) if rows == len(micro_batch) else slice(0, rows))
-                micro_batch.backward(loss * (rows / len(micro_batch)))
+                some = slice(None) if rows == len(micro_batch) else slice(0, rows)
+                micro_batch.add_gradient(some, rows / len(micro_batch))
             left -= rows
     average_gradients(parameters)
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -39,7 +39,7 @@ class Landscape:
         for point in self.points:
             point.grad = None
         for micro_batch in self.micro_batches:
-            micro_batch.backward(micro_batch.loss())
+            micro_batch.add_gradient()
         found = [torch.zeros_like(point) if point.grad is None else point.grad for point in self.points]
         for point in self.points:
             point.grad = None
