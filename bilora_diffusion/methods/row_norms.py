@@ -6,52 +6,115 @@ Every product has r columns, and layers of one shape share all of them but W0 A'
 precision.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from bilora_diffusion.adapters import PRIMARY, START
 
-__all__ = ["RowNorms", "base_weight"]
+__all__ = ["RowNorms", "base_weight", "noise_dtype"]
 
 
 class RowNorms:
-    """||W'_i|| of W' = W0 + s B A (- s B0 A0, with a start that is not zero).
+    """||W'_i|| of W' = W0 + s B A (- s B0 A0, with a start that is not zero). With DoRA they are the magnitudes.
 
     Arguments:
         layers: with the primary attached, on one device.
     """
 
     def __init__(self, layers: Sequence[BaseTunerLayer]) -> None:
-        self.layers = layers
+        self._count = len(layers)
         alike: dict[tuple, list[int]] = {}
         for index, layer in enumerate(layers):
-            if PRIMARY not in layer.lora_magnitude_vector:
-                A, B = _factors(layer)
-                alike.setdefault((A.shape, B.shape), []).append(index)
-        with torch.no_grad():
-            self._groups = [
-                (members, torch.stack([base_weight(layers[index]).float().square().sum(1) for index in members]))
-                for members in alike.values()
-            ]  # ||W0_i||^2 never changes
+            alike.setdefault(_kind(layer), []).append(index)
+        self._groups = [(members, _group([layers[index] for index in members])) for members in alike.values()]
+
+    def now(self) -> list[Tensor]:
+        """(out,) of each layer, float32."""
+        return self._by_layer([group.norms() for _, group in self._groups])
+
+    def deviations(self, sigma: float) -> list[Tensor]:
+        """sigma ||W'_i|| / sqrt(inputs), of noise whose norm is sigma times the weights': (out,), `noise_dtype`."""
+        return self._by_layer(
+            [(group.norms() * (sigma / math.sqrt(group.inputs))).to(group.dtype) for _, group in self._groups]
+        )
+
+    def _by_layer(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        found: list[Tensor | None] = [None] * self._count
+        for (members, _), stack in zip(self._groups, stacks, strict=True):
+            for index, one in zip(members, stack.unbind(), strict=True):
+                found[index] = one
+        return found
+
+
+class _Plain:
+    """Layers of one shape: one product with r columns for each, all else together.
+
+    Arguments:
+        layers: of one `_kind`.
+
+    Attributes:
+        inputs: of a row.
+        dtype: `noise_dtype` of each.
+    """
 
     @torch.no_grad()
-    def now(self) -> list[Tensor]:
-        """(out,) of each layer, float32. With DoRA they are the magnitudes."""
-        norms: list[Tensor | None] = [None] * len(self.layers)
-        for members, squares in self._groups:
-            A, B = map(torch.stack, zip(*(_factors(self.layers[index]) for index in members), strict=True))
-            projected = torch.stack([_projected(self.layers[index], A[n]) for n, index in enumerate(members)])
-            changed = torch.baddbmm(projected, B, A @ A.mT, beta=2)
-            for index, norm in zip(members, (squares + (B * changed).sum(2)).clamp_min(0).sqrt().unbind(), strict=True):
-                norms[index] = norm
-        for index, layer in enumerate(self.layers):
-            if norms[index] is None:
-                norms[index] = layer.lora_magnitude_vector[PRIMARY].weight.detach().flatten().float().abs()
-        return norms
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        self.layers = layers
+        weights = [base_weight(layer) for layer in layers]
+        self.inputs, self.dtype = weights[0].shape[1], noise_dtype(weights[0])
+        self._squares = torch.stack([weight.float().square().sum(1) for weight in weights])  # these never change
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """(layers, out), float32."""
+        A, B = self._factors()
+        weights = [base_weight(layer) for layer in self.layers]
+        columns = A.mT.to(weights[0].dtype)
+        projected = torch.stack([weight @ one for weight, one in zip(weights, columns, strict=True)]).to(A.dtype)
+        changed = torch.baddbmm(projected, B, A @ A.mT, beta=2)
+        return (self._squares + (B * changed).sum(2)).clamp_min(0).sqrt()
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A (layers, r, inputs) and s B (layers, out, r), float32, of the primary and the start side by side."""
+        A, B = [], []
+        for adapter in (PRIMARY, START):
+            if adapter in self.layers[0].lora_A:
+                A.append(torch.stack([layer.lora_A[adapter].weight.flatten(1) for layer in self.layers]).float())
+                own = torch.stack([layer.lora_B[adapter].weight.flatten(1) for layer in self.layers]).float()
+                B.append(own * self.layers[0].scaling[adapter])
+        return (A[0], B[0]) if len(A) == 1 else (torch.cat(A, 1), torch.cat(B, 2))
+
+
+class _DoRA(_Plain):
+    """The same with magnitudes, which are the norms."""
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        return (
+            torch.stack([layer.lora_magnitude_vector[PRIMARY].weight.flatten() for layer in self.layers]).float().abs()
+        )
+
+
+def _group(layers: Sequence[LoraLayer]) -> _Plain:
+    return (_DoRA if PRIMARY in layers[0].lora_magnitude_vector else _Plain)(layers)
+
+
+def _kind(layer: LoraLayer) -> tuple:
+    """What layers have in common that are taken together."""
+    adapters = [adapter for adapter in (PRIMARY, START) if adapter in layer.lora_A]
+    factors = [factor[adapter].weight for adapter in adapters for factor in (layer.lora_A, layer.lora_B)]
+    return (
+        *(factor.shape for factor in factors),
+        *(layer.scaling[adapter] for adapter in adapters),
+        PRIMARY in layer.lora_magnitude_vector,
+        base_weight(layer).dtype,
+    )
 
 
 def base_weight(layer: BaseTunerLayer) -> Tensor:
@@ -59,15 +122,6 @@ def base_weight(layer: BaseTunerLayer) -> Tensor:
     return dequantize_module_weight(layer.get_base_layer()).detach().flatten(1)
 
 
-def _projected(layer: BaseTunerLayer, A: Tensor) -> Tensor:
-    """W0 A', (out, r), float32."""
-    weight = base_weight(layer)
-    return (weight @ A.mT.to(weight.dtype)).to(A.dtype)
-
-
-def _factors(layer: BaseTunerLayer) -> tuple[Tensor, Tensor]:
-    """A (r, inputs) and s B (out, r), float32, of the primary and the start side by side."""
-    present = [adapter for adapter in (PRIMARY, START) if adapter in layer.lora_A]
-    A = [layer.lora_A[adapter].weight.detach().flatten(1).float() for adapter in present]
-    B = [layer.lora_B[adapter].weight.detach().flatten(1).float() * layer.scaling[adapter] for adapter in present]
-    return (A[0], B[0]) if len(present) == 1 else (torch.cat(A), torch.cat(B, 1))
+def noise_dtype(weight: Tensor) -> torch.dtype:
+    """A half precision as the weight has it, so that noise is added to it as it is; else float32."""
+    return weight.dtype if weight.itemsize == 2 else torch.float32

@@ -28,7 +28,7 @@ from torch.nn.functional import conv2d, linear
 
 from bilora_diffusion.adapters import PRIMARY, adapted_layers
 from bilora_diffusion.fused import FusedLinear
-from bilora_diffusion.methods.row_norms import RowNorms, base_weight
+from bilora_diffusion.methods.row_norms import RowNorms, base_weight, noise_dtype
 from bilora_diffusion.randomness import generator, stream_seed
 
 __all__ = ["WeightNoise", "table_length"]
@@ -78,9 +78,9 @@ class WeightNoise:
         undo: list[Callable[[], object]] = []
         try:
             if sigma > 0:
-                for (name, noise), norms in zip(self._layers, self._norms.now(), strict=True):
+                for (name, noise), deviation in zip(self._layers, self._norms.deviations(sigma), strict=True):
                     offset = STRIDE * (stream_seed(self.seed, "weight noise", name, step) % PLACES)
-                    undo.append(noise.at(offset, norms * (sigma / math.sqrt(noise.inputs))).put_on())
+                    undo.append(noise.at(offset, deviation).put_on())
             yield
         finally:
             for take_off in undo:
@@ -92,8 +92,7 @@ class _LayerNoise:
 
     Attributes:
         size: how many numbers it has.
-        place: the table's device and precision: the device of the factors, and the weight's precision where that is a
-            half one, so that the two are added as they are.
+        place: the table's device and precision: the device of the factors, and `noise_dtype`.
         table: T, given afterwards.
         offset: o of the step.
         deviation: std_i of the step, (out,), in the table's precision.
@@ -110,12 +109,12 @@ class _LayerNoise:
         self.inputs = math.prod(self.kernel)
         weight = base_weight(layer)
         self.size = weight.numel()
-        self.place = layer.lora_A[PRIMARY].weight.device, weight.dtype if weight.itemsize == 2 else torch.float32
+        self.place = layer.lora_A[PRIMARY].weight.device, noise_dtype(weight)
 
     def at(self, offset: int, deviation: Tensor) -> "_LayerNoise":
         """The noise of these deviations that begins there in the table."""
         noise = copy.copy(self)
-        noise.deviation = deviation.to(self.table.dtype)
+        noise.deviation = deviation
         noise.offset = offset
         noise.traced_offset = torch.tensor(offset)  # on the host; --compile takes another number for another program
         return noise
