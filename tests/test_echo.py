@@ -15,7 +15,7 @@ from bilora_diffusion.adapters import AUXILIARY, adapted_layers, auxiliary_off, 
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods.gradient_sketch import GradientSketch, _cut, _sketch, _solved
+from bilora_diffusion.methods.gradient_sketch import Factors, GradientSketch, _cut, _sketch, _solved
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +142,8 @@ def test_a_sketch_in_float16_neither_overflows_nor_vanishes(size: float):
     x = torch.randn(256, 3, generator=draw) @ torch.randn(3, 5120, generator=draw)
     g = torch.randn(256, 640, generator=draw)
     G = (g.mT @ x).double()
-    Y, Zt = _sketch((x * min(size, 1e3)).half(), (g * size).half(), 8, seed=0)
-    ((B, A),) = _cut(_solved([(Y, Zt)]), 3)
-    found = (B @ A).double() / (size * min(size, 1e3))
+    B, A = _cut_sketches([_sketch((x * min(size, 1e3)).half(), (g * size).half(), 8, seed=0)], 3)
+    found = (B @ A)[0].double() / (size * min(size, 1e3))
     assert ((found - G).norm() / G.norm()).item() < 0.02
 
 
@@ -155,9 +154,30 @@ def test_what_is_not_finite_in_a_sketch_is_not_hidden(bad: float):
     x, g = torch.randn(64, 24, generator=draw), torch.randn(64, 16, generator=draw)
     fine = _sketch(x, g, 8, seed=0)
     g[3, 5] = bad
-    (_, spoilt), (_, whole) = _cut(_solved([_sketch(x, g, 8, seed=0), fine]), 3)
+    _, (spoilt, whole) = _cut_sketches([_sketch(x, g, 8, seed=0), fine], 3)
     assert not spoilt.isfinite().any()
-    assert torch.equal(whole, _cut(_solved([fine]), 3)[0][1])
+    assert torch.equal(whole, _cut_sketches([fine], 3)[1][0])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sketch_of_any_size_has_the_gradients_direction(dtype: torch.dtype, size: float):
+    """Neither of these precisions needs float16's scaling."""
+    draw = torch.Generator().manual_seed(0)
+    x, g = (
+        torch.randn(256, 3, generator=draw) @ torch.randn(3, 64, generator=draw),
+        torch.randn(256, 48, generator=draw),
+    )
+    x, g = x.to(dtype), (g * size).to(dtype)
+    G = g.double().mT @ x.double()
+    B, A = _cut_sketches([_sketch(x, g, 8, seed=0)], 3)
+    assert ((B @ A)[0].double() - G).norm() / G.norm() < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def _cut_sketches(sketches: list[Factors], rank: int) -> Factors:
+    """As `GradientSketch.factors` has it, of layers of one shape."""
+    Y, Zt = (torch.stack(some) for some in zip(*sketches, strict=True))
+    return _cut(Y.float(), _solved(Y, Zt), rank)
 
 
 # --- the draws ---

@@ -94,5 +94,4 @@ class BiLoRAEcho(Method):
 
     @torch.no_grad()
     def _empty(self) -> None:
-        for layer in self.layers:
-            layer.B.zero_()
+        torch._foreach_zero_([layer.B for layer in self.layers])

@@ -28,7 +28,7 @@ OVERSAMPLING = 4
 """Directions beside the r wanted; the usual number is 5 to 10, and 4 find what r = 4 is used for here."""
 
 Factors = tuple[Tensor, Tensor]
-"""B of (out, k) and A of (k, in), float32 or wider, which stand for B A."""
+"""B (out, k) and A (k, in), which stand for B A; or those of n layers of one shape, (n, out, k) and (n, k, in)."""
 
 
 class GradientSketch:
@@ -46,7 +46,7 @@ class GradientSketch:
         ]
         self.rank = rank
         self.seed = seed
-        self._found: dict[str, list[Factors]] = {}  # (Y, Z') of each pass
+        self._found: dict[str, list[Factors]] = {}  # (Y, Z') of each pass, in the precision of its products
 
     @contextmanager
     def collecting(self, step: int) -> Iterator[None]:
@@ -78,14 +78,30 @@ class GradientSketch:
         B (out, r) has orthonormal columns, or columns of zeros where the gradient has nothing; A is (r, in). A layer
         that the loss did not see has zeros.
         """
-        pieces = [self._found[name] or [_nothing(layer)] for name, layer in self.layers]
+        alike: dict[tuple, list[int]] = {}
+        for index, (name, _) in enumerate(self.layers):
+            found = self._found[name]
+            alike.setdefault((len(found), *(one.shape for one in found[0])) if found else (), []).append(index)
+        unseen = alike.pop((), [])
+        sums = _of_all_processes([self._sums(members) for members in alike.values()])
         self._found = {}
-        solved = iter(_solved([piece for some in pieces for piece in some]))
-        sums = []
-        for some in pieces:
-            B, A = zip(*(next(solved) for _ in some), strict=True)
-            sums.append((torch.cat(B, 1), torch.cat(A)))
-        return _cut(_of_all_processes(sums), self.rank)
+        factors: list[Factors | None] = [None] * len(self.layers)
+        for members, (B, A) in zip(alike.values(), sums, strict=True):
+            for index, *one in zip(members, *_cut(B, A, self.rank), strict=True):
+                factors[index] = (one[0], one[1])
+        for index in unseen:
+            factors[index] = _nothing(self.layers[index][1], self.rank)
+        return factors
+
+    def _sums(self, members: Sequence[int]) -> Factors:
+        """B (layers, out, k) and A (layers, k, in) of some layers of one shape, k over all passes."""
+        passes = zip(*(self._found[self.layers[index][0]] for index in members), strict=True)
+        B, A = [], []
+        for of_one_pass in passes:
+            Y, Zt = (torch.stack(some) for some in zip(*of_one_pass, strict=True))
+            B.append(_wide(Y))
+            A.append(_solved(Y, Zt))
+        return (B[0], A[0]) if len(B) == 1 else (torch.cat(B, 2), torch.cat(A, 1))
 
 
 @torch.no_grad()
@@ -94,11 +110,15 @@ def fill(layers: Sequence[LowRank], factors: Sequence[Factors], rho: float) -> N
 
     A gradient of zero leaves it zero.
     """
-    norm = torch.stack([A.square().sum() for _, A in factors]).sum().sqrt()  # the columns of B are orthonormal
+    norm = torch.stack(torch._foreach_norm([A for _, A in factors])).norm()  # the columns of B are orthonormal
     size = torch.where(norm > 0, rho / norm, 0.0)
-    for layer, (B, A) in zip(layers, factors, strict=True):
-        layer.B.copy_(B.view_as(layer.B))
-        layer.A.copy_((A * (size / layer.scale)).view_as(layer.A))
+    scaled = torch._foreach_mul([A for _, A in factors], size)
+    torch._foreach_div_(scaled, [layer.scale for layer in layers])
+    for of_layers, found in (
+        ([layer.B for layer in layers], [B for B, _ in factors]),
+        ([layer.A for layer in layers], scaled),
+    ):
+        torch._foreach_copy_(list(of_layers), [one.view_as(own) for one, own in zip(found, of_layers, strict=True)])
 
 
 def _listen(layer: BaseTunerLayer, collect: Callable[[Tensor, Tensor], None]) -> Callable[[], object]:
@@ -119,37 +139,28 @@ def _as_rows(layer: BaseTunerLayer, x: Tensor, g: Tensor) -> tuple[Tensor, Tenso
 
 
 def _sketch(x: Tensor, g: Tensor, columns: int, seed: int) -> Factors:
-    """Y and Z'."""
+    """Y and Z', in the precision of x and g; of float16 Z' is float32."""
     columns = min(columns, x.shape[1], g.shape[1])
-    x, x_size = _over_its_largest(x)
-    g, g_size = _over_its_largest(g)
     random = torch.Generator(x.device).manual_seed(seed)
     V = torch.randn(x.shape[1], columns, generator=random, device=x.device).to(x.dtype)
+    if x.dtype != torch.float16:
+        Y = g.mT @ (x @ V)
+        return Y, (g @ Y).mT @ x
+    x, x_size = _over_its_largest(x)
+    g, g_size = _over_its_largest(g)
     Y, _ = _over_its_largest(g.mT @ _over_its_largest(x @ V)[0])
     gY, size = _over_its_largest(g @ Y)
-    return _wide(Y), _wide(gY.mT @ x) * (size * x_size * g_size)
+    return Y, _wide(gY.mT @ x) * (size * x_size * g_size)
 
 
-def _solved(pieces: Sequence[Factors]) -> list[Factors]:
-    """(Y, (Y' Y)^-1 Z') of each (Y, Z')."""
-    solved: list[Factors | None] = [None] * len(pieces)
-    for members in _of_one_size(pieces):
-        gram = torch.stack([pieces[index][0].mT @ pieces[index][0] for index in members])
-        dtype = wide_dtype(gram.device)
-        finite, mark = _decomposable(gram.to(dtype))
-        inverse = (torch.linalg.pinv(finite, hermitian=True, rtol=_noise(gram.dtype)) + mark).to(gram.dtype)
-        for place, index in enumerate(members):
-            Y, Zt = pieces[index]
-            solved[index] = Y, inverse[place] @ Zt
-    return solved
-
-
-def _of_one_size(factors: Sequence[Factors]) -> list[list[int]]:
-    """Indices of those with as many columns, whose small matrices are decomposed together."""
-    groups: dict[int, list[int]] = {}
-    for index, (B, _) in enumerate(factors):
-        groups.setdefault(B.shape[1], []).append(index)
-    return list(groups.values())
+def _solved(Y: Tensor, Zt: Tensor) -> Tensor:
+    """(Y' Y)^-1 Z' for each of n layers: (n, out, k), (n, k, in) in the products' precision -> (n, k, in), `_wide`."""
+    rounding = torch.finfo(Y.dtype).eps ** 2  # of Y itself: directions below it hold nothing, and would be blown up
+    Y, Zt = _wide(Y), _wide(Zt)
+    gram = Y.mT @ Y
+    finite, mark = _decomposable(gram.to(wide_dtype(gram.device)))
+    inverse = torch.linalg.pinv(finite, hermitian=True, rtol=max(rounding, _noise(gram.dtype))) + mark
+    return inverse.to(gram.dtype) @ Zt
 
 
 def _decomposable(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,11 +184,10 @@ def _over_its_largest(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix / torch.where(largest > 0, largest, 1.0)).to(matrix.dtype), largest
 
 
-def _nothing(layer: BaseTunerLayer) -> Factors:
+def _nothing(layer: BaseTunerLayer, rank: int) -> Factors:
     weight = layer.get_base_layer().weight.flatten(1)
-    return weight.new_zeros(len(weight), 1, dtype=torch.float32), weight.new_zeros(
-        1, weight.shape[1], dtype=torch.float32
-    )
+    size = {"dtype": torch.float32, "device": weight.device}
+    return torch.zeros(len(weight), rank, **size), torch.zeros(rank, weight.shape[1], **size)
 
 
 def _of_all_processes(sums: Sequence[Factors]) -> Sequence[Factors]:
@@ -189,36 +199,35 @@ def _of_all_processes(sums: Sequence[Factors]) -> Sequence[Factors]:
     for B, A in sums:
         places = [(torch.zeros_like(B), torch.zeros_like(A)) for _ in range(count)]
         places[number] = (B, A)
-        placed += [torch.cat([one for one, _ in places], 1), torch.cat([one for _, one in places])]
+        placed += [torch.cat([one for one, _ in places], 2), torch.cat([one for _, one in places], 1)]
     means = average(placed)
     return list(zip(means[::2], means[1::2], strict=True))
 
 
-def _cut(sums: Sequence[Factors], rank: int) -> list[Factors]:
-    """Each B A by its r strongest singular directions. Only matrices of the size of B' B are decomposed."""
-    cut: list[Factors | None] = [None] * len(sums)
-    for members in _of_one_size(sums):
-        dtype = wide_dtype(sums[members[0]][0].device)
-        gram_B = torch.stack([sums[index][0].mT @ sums[index][0] for index in members]).to(dtype)
-        gram_A = torch.stack([sums[index][1] @ sums[index][1].mT for index in members]).to(dtype)
-        # B = Q root W' with orthonormal Q, so that B A = Q (root W' A), whose Gram matrix is small.
-        finite, mark = _decomposable(gram_B)
-        values, W = torch.linalg.eigh(finite)
-        usable = values > _noise(sums[members[0]][0].dtype) * values.amax(1, keepdim=True)
-        root = values.clamp_min(0).sqrt() * usable
-        inverse = torch.where(usable, 1 / values.clamp_min(torch.finfo(dtype).tiny).sqrt(), 0.0)
-        down = root[:, :, None] * W.mT
-        finite, other_mark = _decomposable(down @ gram_A @ down.mT)
-        _, P = torch.linalg.eigh(finite)
-        P = P.flip(2)[:, :, :rank] + mark + other_mark
-        left, right = W @ (inverse[:, :, None] * P), P.mT @ down
-        for place, index in enumerate(members):
-            B, A = sums[index]
-            cut[index] = _padded(B @ left[place].to(B.dtype), right[place].to(A.dtype) @ A, rank)
-    return cut
+def _cut(B: Tensor, A: Tensor, rank: int) -> Factors:
+    """Each of n products B A by its r strongest singular directions: (n, out, k), (n, k, in) -> with r for k.
+
+    Only matrices of the size of B' B are decomposed.
+    """
+    dtype = wide_dtype(B.device)
+    gram_B, gram_A = (B.mT @ B).to(dtype), (A @ A.mT).to(dtype)
+    # B = Q root W' with orthonormal Q, so that B A = Q (root W' A), whose Gram matrix is small.
+    finite, mark = _decomposable(gram_B)
+    values, W = torch.linalg.eigh(finite)
+    usable = values > _noise(B.dtype) * values.amax(1, keepdim=True)
+    root = values.clamp_min(0).sqrt() * usable
+    inverse = torch.where(usable, 1 / values.clamp_min(torch.finfo(dtype).tiny).sqrt(), 0.0)
+    down = root[:, :, None] * W.mT
+    finite, other_mark = _decomposable(down @ gram_A @ down.mT)
+    _, P = torch.linalg.eigh(finite)
+    P = P.flip(2)[:, :, :rank] + mark + other_mark
+    left, right = W @ (inverse[:, :, None] * P), P.mT @ down
+    return _padded(B @ left.to(B.dtype), right.to(A.dtype) @ A, rank)
 
 
 def _padded(B: Tensor, A: Tensor, rank: int) -> Factors:
     """With zeros for the directions that a small layer does not have."""
-    missing = rank - B.shape[1]
+    missing = rank - B.shape[2]
+    if missing <= 0:
+        return B, A
     return nn.functional.pad(B, (0, missing)), nn.functional.pad(A, (0, 0, 0, missing))
