@@ -18,7 +18,7 @@ factors stay peft's own parameters; only the layer's forward is another. benchma
 A perturbation of the weight costs no product either: the layer computes with W0 + N, which is made for each pass anew.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bilora_diffusion.joined import Joined, LayerFactors, join
+from bilora_diffusion.joined import Joined, Joiner, LayerFactors, join
 from bilora_diffusion.stored_linear import StoredLinear, StoredWeight, compute_dtype
 
 __all__ = ["AllFactors", "FusedLinear", "Perturbation", "fuse", "tap", "unfuse"]
@@ -79,7 +79,7 @@ class FusedLinear(Linear):
                 y = super().forward(x, *args, **kwargs)
                 y = y if self.perturbation is None else y + self.perturbation.product(x.to(y.dtype))
                 return y if self.on_gradient is None else tap(x, y, self.on_gradient)
-            ready = names, join([self._factors(names)], dtype)[0]
+            ready = names, join(self._factors(names), dtype)
         names, joined = ready
         chances = [_chance(self.lora_dropout[name]) for name in names]
         base = self.base_layer
@@ -113,8 +113,15 @@ class AllFactors:
         models: all adapters attached.
     """
 
+    MOST = 16
+    """States that are remembered: what is on and what is trained differs between a method's passes."""
+
     def __init__(self, models: Iterable[nn.Module]) -> None:
         self._layers = [layer for model in models for layer in _layers(model, FusedLinear)]
+        self._factors = [
+            factor.weight for layer in self._layers for some in (layer.lora_A, layer.lora_B) for factor in some.values()
+        ]
+        self._plans: dict[Hashable, tuple[list[tuple[FusedLinear, list[str]]], Joiner]] = {}
 
     @contextmanager
     def joined(self, dtype: torch.dtype) -> Iterator[None]:
@@ -124,22 +131,55 @@ class AllFactors:
         Arguments:
             dtype: of the products; where it is a half precision, the passes are autocast's.
         """
-        ready: list[tuple[FusedLinear, list[str]]] = []
-        for layer in self._layers:
-            if type(layer) is not FusedLinear:  # meanwhile peft's again
-                continue
-            device = next(iter(layer.lora_A.values())).weight.device
-            names = layer._stackable(device, dtype, autocast=dtype.itemsize == 2)
-            if names:
-                ready.append((layer, names))
-        together = join([layer._factors(names) for layer, names in ready], dtype)
+        state = (dtype, *self._state())
+        if state not in self._plans:
+            if len(self._plans) == self.MOST:
+                self._plans.clear()
+            self._plans[state] = self._plan(dtype)
+        layers, joiner = self._plans[state]
         try:
-            for (layer, names), factors in zip(ready, together, strict=True):
-                layer._ready = names, factors
+            for (layer, names), factors in zip(layers, joiner.join(dtype), strict=True):
+                vars(layer)["_ready"] = names, factors  # not by nn.Module, which looks at what it is
             yield
         finally:
-            for layer, _ in ready:
-                del layer._ready
+            for layer, _ in layers:
+                vars(layer).pop("_ready", None)
+
+    def _state(self) -> Iterator[Hashable]:
+        """All that a plan depends on and that may be another in another pass.
+
+        Looked up without the modules' own attributes and properties, which would take ten times as long: there are
+        hundreds of layers, and the device waits meanwhile.
+        """
+        for layer in self._layers:
+            own = vars(layer)
+            base = own["_modules"]["base_layer"]
+            of_base = vars(base)
+            active = own["_active_adapter"]
+            yield (
+                type(layer),
+                own["_disable_adapters"],
+                active if isinstance(active, str) else tuple(active),
+                *own["merged_adapters"],
+                *own["scaling"].values(),
+                base,
+                "forward" in of_base or bool(of_base["_forward_hooks"] or of_base["_forward_pre_hooks"]),
+                *[one.requires_grad for one in of_base["_parameters"].values() if one is not None],
+            )
+        for factor in self._factors:
+            yield factor.requires_grad
+            yield factor.dtype
+
+    def _plan(self, dtype: torch.dtype) -> tuple[list[tuple[FusedLinear, list[str]]], Joiner]:
+        """The layers that compute in the fused way now, with their adapters that add something."""
+        layers = []
+        for layer in self._layers:
+            if type(layer) is FusedLinear:  # not peft's again
+                device = next(iter(layer.lora_A.values())).weight.device
+                names = layer._stackable(device, dtype, autocast=dtype.itemsize == 2)
+                if names:
+                    layers.append((layer, names))
+        return layers, Joiner([layer._factors(names) for layer, names in layers])
 
 
 def fuse(model: nn.Module) -> None:

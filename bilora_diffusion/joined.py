@@ -7,14 +7,15 @@ a GPU, which waits for each; layers of one shape, and there are four, take the s
 gradients on the way back.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Joined", "LayerFactors", "join"]
+__all__ = ["Joined", "Joiner", "LayerFactors", "join"]
 
 LayerFactors = Sequence[tuple[Tensor, Tensor, float]]
 """A (r, in), B (out, r) and s of each of a layer's adapters, one or more."""
@@ -35,26 +36,55 @@ class Joined(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def join(layers: Sequence[LayerFactors], dtype: torch.dtype) -> list[Joined]:
-    """Joins each layer's factors. They are the factors themselves, no copies, where there is nothing to do.
+class Joiner:
+    """Joins the factors of some layers, as often as their values change.
 
-    The gradients come to the factors in their own precision; a layer that the loss does not see leaves its factors
-    without.
+    Arguments:
+        layers: none of which may change but for the factors' values.
     """
-    joined: list[Joined | None] = [None] * len(layers)
-    groups: dict[tuple, list[int]] = {}
-    for index, adapters in enumerate(layers):
-        groups.setdefault(tuple(_kind(*adapter) for adapter in adapters), []).append(index)
-    for members in groups.values():
-        A, B, scales = zip(*(zip(*layers[index], strict=True) for index in members), strict=True)
-        common = scales[0][0] if len(set(scales[0])) == 1 else None
-        ones = (1.0,) * len(scales[0])
-        downs = _side_by_side(A, 0, ones, dtype)
-        ups = _side_by_side(B, 1, ones if common is not None else scales[0], dtype)
-        ranks = tuple(len(one) for one in A[0])
-        for index, down, up in zip(members, downs, ups, strict=True):
-            joined[index] = Joined(down, up, 1.0 if common is None else common, ranks)
-    return joined
+
+    def __init__(self, layers: Sequence[LayerFactors]) -> None:
+        self._count = len(layers)
+        alike: dict[tuple, list[int]] = {}
+        for index, adapters in enumerate(layers):
+            alike.setdefault(tuple(_kind(*adapter) for adapter in adapters), []).append(index)
+        self._groups = [(members, _Group([layers[index] for index in members])) for members in alike.values()]
+
+    def join(self, dtype: torch.dtype) -> list[Joined]:
+        """They are the factors themselves, no copies, where there is nothing to do.
+
+        The gradients come to the factors in their own precision; a layer that the loss does not see leaves its factors
+        without.
+        """
+        joined: list[Joined | None] = [None] * self._count
+        for members, group in self._groups:
+            for index, one in zip(members, group.join(dtype), strict=True):
+                joined[index] = one
+        return joined
+
+
+def join(adapters: LayerFactors, dtype: torch.dtype) -> Joined:
+    """Of one layer; see `Joiner`."""
+    return next(_Group([adapters]).join(dtype))
+
+
+class _Group:
+    """Layers of one kind. Factors are by adapter first: all layers' of the first, all of the second."""
+
+    def __init__(self, layers: Sequence[LayerFactors]) -> None:
+        by_adapter = [list(zip(*some, strict=True)) for some in zip(*layers, strict=True)]
+        self.A = [A for A, _, _ in by_adapter]
+        self.B = [B for _, B, _ in by_adapter]
+        self.scales = tuple(scales[0] for _, _, scales in by_adapter)
+        self.ranks = tuple(len(A[0]) for A in self.A)
+
+    def join(self, dtype: torch.dtype) -> Iterator[Joined]:
+        ones = (1.0,) * len(self.scales)
+        has_common = len(set(self.scales)) == 1
+        downs = _side_by_side(self.A, 0, ones, dtype)
+        ups = _side_by_side(self.B, 1, ones if has_common else self.scales, dtype)
+        scale = self.scales[0] if has_common else 1.0
+        return (Joined(down, up, scale, self.ranks) for down, up in zip(downs, ups, strict=True))
 
 
 def _kind(A: Tensor, B: Tensor, scale: float) -> tuple:
@@ -65,11 +95,10 @@ def _kind(A: Tensor, B: Tensor, scale: float) -> tuple:
 def _side_by_side(
     factors: Sequence[Sequence[Tensor]], dim: int, scales: Sequence[float], dtype: torch.dtype
 ) -> Sequence[Tensor]:
-    """Arguments: factors: of each layer, those of its adapters, times their scales."""
-    if len(scales) == 1 and factors[0][0].dtype == dtype:
-        return [one for (one,) in factors]
-    by_adapter = [factor for of_one_adapter in zip(*factors, strict=True) for factor in of_one_adapter]
-    return _Join.apply(dim, scales, dtype, *by_adapter)
+    """Those of all adapters, times their scales, as one tensor a layer."""
+    if len(factors) == 1 and factors[0][0].dtype == dtype:
+        return factors[0]
+    return _Join.apply(dim, scales, dtype, *itertools.chain.from_iterable(factors))
 
 
 class _Join(torch.autograd.Function):

@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.speed.measuring import OperationCounter
 from bilora_diffusion import fused
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, adapted_layers, auxiliary_off
+from bilora_diffusion.base_prediction import only_base
 from bilora_diffusion.fused import FusedLinear, fuse, unfuse
-from bilora_diffusion.joined import join
+from bilora_diffusion.joined import Joiner, join
+from bilora_diffusion.methods.interface import without_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 
@@ -182,7 +184,7 @@ def test_gradients_by_finite_differences(chances):
     def output(x: Tensor, *factors: Tensor) -> Tensor:
         torch.manual_seed(1)  # the same elements are dropped each time
         A1, B1, A2, B2 = factors
-        (one,) = join([[(A1, B1, scales[0]), (A2, B2, scales[1])]], torch.float64)
+        one = join([(A1, B1, scales[0]), (A2, B2, scales[1])], torch.float64)
         own = one.scale, one.ranks, list(chances), one.down, one.up
         return fused._Stacked.apply(x, base.weight, base.bias, None, None, *own)
 
@@ -455,7 +457,7 @@ def test_a_layer_that_the_loss_does_not_see_has_no_gradient():
     unseen = [one.detach().clone().requires_grad_() for one in factors]
     frozen = [one.detach().clone() for one in factors]
     layers = [[(*factors, 0.5), (*frozen, 0.25)], [(*unseen, 0.5), (*frozen, 0.25)]]
-    seen, other = join(layers, torch.bfloat16)
+    seen, other = Joiner(layers).join(torch.bfloat16)
     assert seen.down.requires_grad and other.up.requires_grad and seen.scale == 1 and seen.ranks == (2, 2)
     assert torch.equal(seen.up[:, 2:], (frozen[1] * 0.25).bfloat16())
     seen.up.sum().backward()
@@ -465,5 +467,40 @@ def test_a_layer_that_the_loss_does_not_see_has_no_gradient():
 
 def test_where_there_is_nothing_to_join_nothing_is_copied():
     A, B = torch.randn(2, 3), torch.randn(4, 2)
-    (one,) = join([[(A, B, 0.5)]], torch.float32)
+    one = join([(A, B, 0.5)], torch.float32)
     assert one.down is A and one.up is B and one.scale == 0.5
+
+
+def test_what_is_on_may_be_another_in_another_pass(build):
+    run = build("bilora")
+    unet = run.parts.models["unet"]
+    layers = [layer for _, layer in adapted_layers(unet)]
+    first, base = layers[0], layers[0].base_layer
+    auxiliary = list(run.parameters(AUXILIARY).values())
+
+    def ready() -> list[tuple[list[str], bool] | None]:
+        """Of each layer the adapters that are joined, and whether `down` has a gradient."""
+        with run.parts.trainer.factors.joined(torch.float32):
+            return [layer._ready and (layer._ready[0], layer._ready[1].down.requires_grad) for layer in layers]
+
+    usual = [([PRIMARY, AUXILIARY], True)] * len(layers)
+    assert ready() == usual
+    with auxiliary_off([unet]):
+        assert ready() == [([PRIMARY], True)] * len(layers)
+    with without_gradients([*auxiliary, *run.parts.trainer.primary]):
+        assert ready() == [([PRIMARY, AUXILIARY], False)] * len(layers)
+    with only_base([unet]):
+        assert ready() == [None] * len(layers)
+    handle = base.register_forward_hook(lambda *_: None)
+    assert ready() == [None, *usual[1:]]
+    handle.remove()
+    base.weight.requires_grad_(True)
+    assert ready() == [None, *usual[1:]]
+    base.weight.requires_grad_(False)
+    first.set_adapter([AUXILIARY])
+    assert ready()[0][0] == [AUXILIARY]
+    first.set_adapter([PRIMARY, AUXILIARY])
+    assert ready() == usual
+    unfuse(unet)
+    with run.parts.trainer.factors.joined(torch.float32):
+        assert not any(hasattr(layer, "_ready") for layer in layers)
