@@ -12,7 +12,7 @@ from benchmarks.speed import __main__ as speed
 from benchmarks.speed import measuring
 from benchmarks.speed.bases import SharedBase
 from benchmarks.speed.contenders import BASELINE, specifications
-from benchmarks.speed.measuring import NEIGHBOURS, Runner, in_rounds
+from benchmarks.speed.measuring import NEIGHBOURS, OperationCounter, Runner, in_rounds
 from benchmarks.speed.report import ratio_to_baseline, table
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.method_names import METHOD_NAMES
@@ -20,7 +20,7 @@ from bilora_diffusion.method_names import METHOD_NAMES
 
 def content(samples: dict[str, list[tuple[int, int, float]]]) -> dict:
     """A measurement on a CPU with (round, place, CPU seconds) of each contender."""
-    facts = {"flops": 1e9, "outside_unet": 0.1, "peak_memory_bytes": None, "kernels": None}
+    facts = {"flops": 1e9, "operations": 1234.0, "outside_unet": 0.1, "peak_memory_bytes": None, "kernels": None}
     return {
         "configuration": {
             "model": "tiny",
@@ -64,7 +64,7 @@ def test_the_interval_covers_the_truth_and_shrinks():
 def test_the_table_says_what_is_pending():
     measured = content({BASELINE: [(0, 0, 1.0), (0, 2, 1.0)], "bilora": [(0, 1, 1.02)]})
     (row,) = (line for line in table([measured]).splitlines() if line.startswith("| bilora"))
-    assert row == "| bilora | 1.02 | 1.020 (1.020 to 1.020) | 10.0% | 10% | pending | pending |"
+    assert row == "| bilora | 1.02 | 1.020 (1.020 to 1.020) | 10.0% | 10% | 1,234 | pending | pending |"
 
 
 def test_every_method_and_both_stock_recipes_are_measured():
@@ -120,6 +120,16 @@ def test_products_in_place_are_counted():
     assert measuring._flops(Runner("in place", contender, torch.device("cpu"))) == 2 * 4 * 5 * 6
 
 
+def test_operations_are_counted_without_views():
+    one = torch.randn(4, 4, requires_grad=True)
+    with OperationCounter() as counter:
+        y = (one.T @ one.detach()).view(16)[:8].exp()  # a product and an exponential
+        assert counter.count == 2
+        y.sum().backward()
+    assert counter.count > 5
+    assert measuring._operations(Runner("products", Products(8), torch.device("cpu"))) >= 6
+
+
 def test_the_baseline_is_never_far():
     runners = [Runner(name, Products(2), torch.device("cpu")) for name in (BASELINE, *"abcde")]
     in_rounds(runners, lambda rounds: rounds >= 2, lambda _: None)
@@ -144,9 +154,18 @@ def test_copies_share_their_weights_and_not_their_adapters():
     assert pointers[0] == pointers[1] == pointers[2]
 
 
+def test_another_setting_is_another_file(tmp_path: Path):
+    words = ["--model", "tiny", "--minutes", "0", "--folder", str(tmp_path), "--quiet", "--only", "nbar"]
+    speed.main([*words, "--resolution", "32", "--precision", "bf16", "--checkpointing"])
+    assert (tmp_path / "speed_tiny_cpu_32px_bf16_checkpointing.json").is_file()
+    assert "32 px, batch 1, precision bf16, rank 4, gradient checkpointing" in (tmp_path / "speed.md").read_text()
+
+
 def test_it_measures(tmp_path: Path, capsys):
     speed.main(["--model", "tiny", "--minutes", "0", "--folder", str(tmp_path), "--quiet", "--only", "bilora", "stock"])
     measured = json.loads((tmp_path / "speed_tiny_cpu.json").read_text())
+    counted = {name: found["operations"] for name, found in measured["contenders"].items()}
+    assert counted[BASELINE] < counted["bilora"] < counted["stock"]
     assert measured["configuration"]["flags"]["bilora"] == {"method": "bilora", "fused": True}
     for name in (BASELINE, "bilora", "stock"):
         found = measured["contenders"][name]
@@ -163,7 +182,7 @@ def test_it_measures(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--model", "sdxl"], "error: --model sdxl needs a CUDA GPU, and none is visible"),
+        (["--model", "sdxl"], "error: --model sdxl at 1024 px needs a CUDA GPU, and none is visible"),
         (["--model", "tiny", "--only", "nonsense"], "error: --only nonsense: there is"),
     ],
 )

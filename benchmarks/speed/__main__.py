@@ -1,11 +1,12 @@
 """python -m benchmarks.speed --model tiny | medium | sdxl
 
 Measures what a training step costs with every method and with the recipe of diffusers' script, all in one process and
-in turn, so that a busy machine hits all alike. Writes benchmarks/results/speed_MODEL_DEVICE.json and .png, and
-speed.md from all such files.
+in turn, so that a busy machine hits all alike. Writes benchmarks/results/speed_MODEL_DEVICE.json and .png, with what is
+not usual in the name, and speed.md from all such files.
 
 tiny and medium (SDXL's blocks, 3 and 59 million parameters) run anywhere and give ratios. sdxl is SDXL's own UNet at
-1024 px with random weights; it needs a CUDA GPU.
+1024 px with random weights; it needs a CUDA GPU. With a smaller --resolution it runs on a CPU, too: 256 takes 13 GB of
+memory and about an hour.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from bilora_diffusion.errors import UserError
 __all__ = ["main"]
 
 MINUTES = {"tiny": 1.5, "medium": 3.5, "sdxl": 1.0}
-"""Of the rounds; with what comes before them tiny and medium stay under five minutes, sdxl under two."""
+"""Of the rounds; with what comes before them tiny and medium stay under five minutes, sdxl on a GPU under two."""
+MINUTES_OF_SDXL_ON_A_CPU = 40.0
 FEWEST_ROUNDS = 3
 
 
@@ -39,18 +41,23 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.speed.measuring import as_json, in_rounds, matmul_flops_per_second, prepare
 
     try:
-        if arguments.model == "sdxl" and not torch.cuda.is_available():
+        if arguments.model == "sdxl" and not (arguments.resolution or torch.cuda.is_available()):
             raise UserError(
-                "--model sdxl needs a CUDA GPU, and none is visible: --model medium measures the ratios on a CPU"
+                "--model sdxl at 1024 px needs a CUDA GPU, and none is visible: on a CPU --model medium measures the "
+                "ratios in five minutes, --model sdxl --resolution 256 in about an hour"
             )
         wanted = list(specifications(arguments.only, compiled=arguments.compile))
     except UserError as error:
         error.tell()
         sys.exit(2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    minutes = MINUTES[arguments.model] if arguments.minutes is None else arguments.minutes
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
-    precision = arguments.precision or ("bf16" if device.type == "cuda" else "no")
+        if arguments.model == "sdxl" and arguments.minutes is None:
+            minutes = MINUTES_OF_SDXL_ON_A_CPU
+    usual = "bf16" if device.type == "cuda" else "no"
+    precision = arguments.precision or usual
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
     began = time.perf_counter()
 
@@ -68,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.perf_counter()
 
         def enough(rounds: int) -> bool:
-            return rounds >= FEWEST_ROUNDS and time.perf_counter() - started > 60 * arguments.minutes
+            return rounds >= FEWEST_ROUNDS and time.perf_counter() - started > 60 * minutes
 
         in_rounds(runners, enough, say)
     content = {
@@ -82,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             "checkpointing": arguments.checkpointing,
             "device": device.type,
             "threads": torch.get_num_threads(),
-            "minutes": arguments.minutes,
+            "minutes": minutes,
             "flags": {one.name: one.flags for one in wanted},
         },
         **circumstances(torch.get_num_threads()),
@@ -91,7 +98,14 @@ def main(argv: list[str] | None = None) -> None:
         "contenders": as_json(runners, facts),
     }
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    path = arguments.folder / f"speed_{arguments.model}_{device.type}.json"
+    special = {
+        f"{resolution}px": resolution != RESOLUTIONS[arguments.model],
+        f"batch{arguments.batch}": arguments.batch != 1,
+        precision: precision != usual,
+        "checkpointing": arguments.checkpointing,
+    }
+    name = "_".join(["speed", arguments.model, device.type, *(word for word, is_so in special.items() if is_so)])
+    path = arguments.folder / f"{name}.json"
     path.write_text(json.dumps(rounded(content)) + "\n")
     print(path, *report(arguments.folder), sep="\n")
 
@@ -111,10 +125,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results are written")
     parser.add_argument("--quiet", action="store_true")
-    arguments = parser.parse_args(argv)
-    if arguments.minutes is None and arguments.model:
-        arguments.minutes = MINUTES[arguments.model]
-    return arguments
+    return parser.parse_args(argv)
 
 
 def report(folder: Path) -> list[Path]:

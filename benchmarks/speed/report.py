@@ -62,14 +62,18 @@ def _section(content: Mapping[str, Any]) -> list[str]:
         f"step each in a new order, `{BASELINE}` again after every third. Seconds: median, {unit}. Ratio: median over "
         "the pairs of neighbours with its 95 % interval (bootstrap). Outside the UNet: share of a step that is not its "
         "forward or backward pass. Matrix products: the step's products and convolutions a second, as a share of the "
-        f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s that one of {matmul['size']:,} rows and columns reaches.",
+        f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s that one of {matmul['size']:,} rows and columns reaches. "
+        "Operations: those of torch that compute something, no views; on a GPU each is at least one kernel to launch.",
     ]
     if not on_gpu:
-        lines += ["", "No GPU was at hand: read the ratios, not the seconds; what only a GPU can tell is pending."]
+        pending = "No GPU was at hand: read the ratios, not the seconds; what only a GPU can tell is pending."
+        stock = "The stock recipe's optimiser has eight operations a tensor here, on a GPU a few for all of them."
+        lines += ["", f"{pending} {stock}"]
     lines += [
         "",
-        f"| | s a step | ratio to `{BASELINE}` | outside the UNet | matrix products | peak memory | kernels a step |",
-        "|---|---|---|---|---|---|---|",
+        f"| | s a step | ratio to `{BASELINE}` | outside the UNet | matrix products | operations a step "
+        "| peak memory | kernels a step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in content["contenders"].items():
         seconds = statistics.median(sample[at] for sample in found["samples"])
@@ -81,6 +85,7 @@ def _section(content: Mapping[str, Any]) -> list[str]:
             "1" if name == BASELINE else "{:.3f} ({:.3f} to {:.3f})".format(*ratio_to_baseline(content, name)),
             f"{found['outside_unet']:.1%}",
             f"{speed:.0%}",
+            f"{found['operations']:,.0f}",
             "pending" if memory is None else f"{memory / 2**30:.2f} GiB",
             "pending" if kernels is None else f"{kernels:,.0f}",
         ]
