@@ -11,6 +11,7 @@ from bilora_diffusion.data.dreambooth import Row
 from bilora_diffusion.data.latents import LatentSource
 from bilora_diffusion.diffusion import Objective, draw_noise, draw_timestep
 from bilora_diffusion.fused import AllFactors
+from bilora_diffusion.processes import to_device
 from bilora_diffusion.prompts import Prompts
 from bilora_diffusion.randomness import generator
 from bilora_diffusion.sdxl import Conditioning, denoise, latents_from, time_ids
@@ -105,7 +106,7 @@ class BatchMaker:
         conditioning = self.prompts.conditioning(prompts, torch.stack(sizes))
         place_weights = self._place_weights(places, latents)
         latents, noises, timesteps, weights, is_instance = (
-            tensor.to(self.device, non_blocking=True)
+            to_device(tensor, self.device)
             for tensor in (torch.stack(latents), torch.stack(noises), torch.stack(timesteps), weights, is_instance)
         )
         return Batch(
@@ -123,7 +124,8 @@ class BatchMaker:
         if all(weight is None for weight in weights):
             return None
         ones = torch.ones(latents[0].shape[1:])
-        return torch.stack([ones if weight is None else weight for weight in weights])[:, None].to(self.device)
+        stacked = torch.stack([ones if weight is None else weight for weight in weights])[:, None]
+        return to_device(stacked, self.device)
 
 
 def _doubled(tensors: list[Tensor]) -> list[Tensor]:

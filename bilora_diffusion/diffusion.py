@@ -4,7 +4,7 @@ Pure functions of latents, noise and timesteps; nothing random is drawn inside, 
 draws twice and a test can check the arithmetic.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
@@ -35,6 +35,7 @@ class Objective:
     scheduler: Scheduler
     edm: bool = False
     snr_gamma: float | None = None
+    _schedules: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         known = ("epsilon", "v_prediction") if self.edm else ("epsilon", "v_prediction", "sample")
@@ -49,6 +50,8 @@ class Objective:
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The forward process at each row's timestep, (B, 4, H/8, W/8)."""
+        if self.edm:  # as the scheduler's own, which looks each timestep up on the host
+            return latents + self._sigmas(timesteps, latents) * noise
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def model_input(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
@@ -126,9 +129,12 @@ class Objective:
 
     def _sigmas(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """Each row's noise level, (B, 1, 1, 1)."""
-        schedule = self.scheduler.timesteps.to(timesteps.device)
+        device = timesteps.device
+        if device not in self._schedules:
+            self._schedules[device] = self.scheduler.timesteps.to(device), self.scheduler.sigmas.to(device)
+        schedule, sigmas = self._schedules[device]
         index = (schedule[None] == timesteps[:, None]).float().argmax(1)
-        return self.scheduler.sigmas.to(like)[index].reshape(-1, 1, 1, 1)
+        return sigmas.to(like)[index].reshape(-1, 1, 1, 1)
 
 
 def build_objective(scheduler, *, edm: bool = False, snr_gamma: float | None = None) -> Objective:

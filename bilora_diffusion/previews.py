@@ -48,7 +48,7 @@ class Previews:
 
     def after_step(self, step: int) -> None:
         """Makes a preview if one is due after optimiser step number `step` (from 1)."""
-        if self.config.validation_prompt is None or not self._is_due(step):
+        if not self.is_due(step):
             return
         if self.machine.is_main:
             pictures = self._sample(self.config.validation_prompt)
@@ -57,7 +57,10 @@ class Previews:
                 log_pictures(self.accelerator, "validation", pictures, self.config.validation_prompt, step)
         self.machine.wait()
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
+        """Whether there is one after optimiser step number `step` (from 1)."""
+        if self.config.validation_prompt is None:
+            return False
         if self.config.validation_steps:
             return step % self.config.validation_steps == 0
         epoch = (step - 1) // self.steps_per_epoch

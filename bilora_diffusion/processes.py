@@ -5,6 +5,7 @@ all-reduce of one flat buffer a step costs next to nothing, and in return a meth
 parameters without a gradient are tolerated, and two processes with batch b compute what one with batch 2b does.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 
 from bilora_diffusion.adapters import wide_dtype
 
-__all__ = ["average", "average_gradients", "broadcast", "on_host", "process_count", "process_number"]
+__all__ = [
+    "Mark",
+    "Reading",
+    "average",
+    "average_gradients",
+    "broadcast",
+    "process_count",
+    "process_number",
+    "to_device",
+]
 
 
 def process_count() -> int:
@@ -61,10 +71,55 @@ def average_gradients(parameters: Iterable[nn.Parameter], *scalars: Tensor) -> l
     return means[: len(scalars)]
 
 
-def on_host(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """The numbers of scalars on one device, read in one go: each reading waits until the device has caught up."""
-    if not values:
-        return {}
-    device = next(iter(values.values())).device
-    read = torch.stack([value.to(wide_dtype(device)) for value in values.values()]).tolist()
-    return dict(zip(values, read, strict=True))
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy there, which nobody waits for: a GPU takes it from pinned memory when it comes to it."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class Mark:
+    """A moment in a device's work: when all that it was asked for so far is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is None:
+            self._moment = time.perf_counter()
+        else:
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Until then."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """By the device's own clock where it has one; waits for both."""
+        if self._event is None:
+            return self._moment - earlier._moment
+        self.wait()
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
+class Reading:
+    """Scalars on their way to the host, all in one copy.
+
+    Arguments:
+        values: on one device, at least one.
+
+    Attributes:
+        taken: when the device has computed them.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        device = next(iter(values.values())).device
+        self._names = list(values)
+        stacked = torch.stack([value.to(wide_dtype(device)) for value in values.values()])
+        # To pinned memory on a GPU; elsewhere an unfinished copy could be read.
+        self._copy = stacked.to("cpu", non_blocking=device.type == "cuda")
+        self.taken = Mark(device)
+
+    def numbers(self) -> dict[str, float]:
+        """Waits until they are here."""
+        self.taken.wait()
+        return dict(zip(self._names, self._copy.tolist(), strict=True))

@@ -59,7 +59,7 @@ class Progress:
     gap_above_noise: bool = False
     seconds: list[float] = field(default_factory=list)
 
-    def add_step(self, step: Step, measures: dict[str, float], rows: int, seconds: float) -> None:
+    def add_step(self, step: Step, rows: int, seconds: float) -> None:
         """Arguments: rows: instance rows of this step, over all processes."""
         self.step += 1
         self.draws += rows
@@ -67,7 +67,7 @@ class Progress:
         self.losses.append(step.loss if math.isfinite(step.loss) else None)
         self.skipped += not step.applied
         self.skipped_in_a_row = 0 if step.applied else self.skipped_in_a_row + 1
-        self.last_measures = {name: value if math.isfinite(value) else None for name, value in measures.items()}
+        self.last_measures = {name: value if math.isfinite(value) else None for name, value in step.measures.items()}
         share = self.last_measures.get("c_over_rho")
         if share is not None:
             self.highest_c_over_rho = max(share, self.highest_c_over_rho or 0.0)

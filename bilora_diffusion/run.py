@@ -40,10 +40,11 @@ from bilora_diffusion.loss_gap import LossGap, measure_loss_gap
 from bilora_diffusion.memory.advice import check_memory
 from bilora_diffusion.method_names import BALL_METHODS
 from bilora_diffusion.previews import Previews
-from bilora_diffusion.processes import average, on_host
+from bilora_diffusion.processes import Mark, average
 from bilora_diffusion.progress import Progress
 from bilora_diffusion.run_folder import TRACKED_AS, RunFolder
 from bilora_diffusion.tracking import check_trackers, start_trackers
+from bilora_diffusion.training import BegunStep
 
 __all__ = ["DTYPES", "Outcome", "resolved_precision", "train"]
 
@@ -172,8 +173,26 @@ def _leave(accelerator: Accelerator, folder: RunFolder, step: int, steps: int, e
                 tracker.finish()
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A step that was asked for, and what its line in the log needs.
+
+    Arguments:
+        rate: the UNet's learning rate in it.
+        since: when it could begin.
+    """
+
+    step: BegunStep
+    rate: float
+    since: Mark
+
+
 class Run:
-    """The loop around the step: what is logged, shown and saved, and when."""
+    """The loop around the step: what is logged, shown and saved, and when.
+
+    A step's loss is read when the next step has been asked for, so that the device always has something to do. Only
+    where something is made of the weights, which must be that step's, is it waited for at once.
+    """
 
     def __init__(
         self,
@@ -196,33 +215,66 @@ class Run:
         self.previews = Previews(config, machine, accelerator, parts, folder, steps, steps_per_epoch)
         self.gap_interval = _gap_interval(config, steps)
         self.rows_a_step = config.train_batch_size * config.gradient_accumulation_steps * machine.processes
+        self.steps_before, self.draws_before = progress.step, progress.draws  # of this run, in an earlier process
 
     def fit(self) -> bool:
         """Trains up to the last step. Returns whether it was interrupted before."""
-        config, progress, trainer = self.config, self.progress, self.parts.trainer
+        config, progress = self.config, self.progress
         bar = tqdm(initial=progress.step, total=self.steps, desc=config.method, disable=not self.machine.is_main)
         batches = self._batches()
+        before: _Begun | None = None
         with Interruption(announces=self.machine.is_main) as interruption, bar:
-            while progress.step < self.steps:
-                began = time.perf_counter()
-                drawn = [self.parts.make_batch(next(batches)) for _ in range(config.gradient_accumulation_steps)]
-                micro_batches = trainer.micro_batches(drawn)
-                measuring = time.perf_counter()
-                self._measure_gap(micro_batches)
-                measured = time.perf_counter() - measuring
-                rate = trainer.schedulers[0].get_last_lr()[0]
-                step = trainer.training_step(micro_batches, progress.step, interruption.requested)
-                measures = on_host(self.parts.method.measures())
-                seconds = time.perf_counter() - began - measured
-                progress.add_step(step, measures, self.rows_a_step, seconds)
-                self._log(bar, rate)
-                self._stop_if_hopeless()
-                self.previews.after_step(progress.step)
-                if step.stop or progress.step % config.checkpointing_steps == 0:
-                    self._save_checkpoint()
-                if step.stop:
+            for number in range(progress.step, self.steps):
+                wish = interruption.requested
+                try:
+                    begun = self._begin(number, batches, None if before is None else before.step.done, wish)
+                except Exception:
+                    if before is not None:
+                        with suppress(Exception):
+                            self._settle(before, bar)
+                    raise
+                stop = before is not None and self._settle(before, bar)
+                before = begun
+                # Alone there is nobody to agree with on where to stop.
+                if stop or self._is_looked_at(number + 1) or (wish and self.machine.processes == 1):
+                    stop |= self._settle(begun, bar)
+                    before = None
+                    self.previews.after_step(progress.step)
+                    if stop or progress.step % config.checkpointing_steps == 0:
+                        self._save_checkpoint()
+                if stop:
                     return progress.step < self.steps
         return False
+
+    def _begin(self, number: int, batches: Iterator[list[Row]], since: Mark | None, wish: bool) -> _Begun:
+        """Asks for step number `number` (from 0), and draws what it learns from.
+
+        Arguments:
+            since: when the step before is done; None: now.
+            wish: to stop after it.
+        """
+        trainer = self.parts.trainer
+        since = since or Mark(self.machine.device)
+        drawn = [self.parts.make_batch(next(batches)) for _ in range(self.config.gradient_accumulation_steps)]
+        micro_batches = trainer.micro_batches(drawn)
+        if self._gap_is_due(number):  # and nothing is at work: see `_is_looked_at`
+            self._measure_gap(micro_batches)
+            since = Mark(self.machine.device)
+        rate = trainer.schedulers[0].get_last_lr()[0]
+        return _Begun(trainer.begin_step(micro_batches, number, wish), rate, since)
+
+    def _is_looked_at(self, step: int) -> bool:
+        """Whether something is made of the weights after optimiser step number `step` (from 1)."""
+        saves = step % self.config.checkpointing_steps == 0
+        return saves or step == self.steps or self.previews.is_due(step) or self._gap_is_due(step)
+
+    def _settle(self, begun: _Begun, bar: tqdm) -> bool:
+        """Waits for a step and notes what came of it. Returns whether the run is to stop."""
+        step = begun.step.result()
+        self.progress.add_step(step, self.rows_a_step, begun.step.done.seconds_since(begun.since))
+        self._log(bar, begun.rate)
+        self._stop_if_hopeless()
+        return step.stop
 
     def _batches(self) -> Iterator[list[Row]]:
         """This process's micro-batches from the next draw on, without end."""
@@ -261,14 +313,16 @@ class Run:
                 "--resume_from_checkpoint latest goes on where there is a checkpoint"
             ) from None
 
+    def _gap_is_due(self, done: int) -> bool:
+        """Whether it is measured when so many steps are done, before the next."""
+        number, repeats = done + 1, self.config.shown_in_a_row
+        # Of the steps on the same rows the last: bilora-echo perturbs the later ones.
+        is_last = (self.draws_before // self.rows_a_step + number - self.steps_before) % repeats == 0
+        due = self.gap_interval and number >= self.gap_interval and number % self.gap_interval < repeats
+        return bool(due and is_last and self.parts.method.perturbs)
+
     def _measure_gap(self, micro_batches) -> None:
         """On the rows of the step that comes next, with the perturbation it will be taken under."""
-        number, repeats = self.progress.step + 1, self.config.shown_in_a_row
-        # Of the steps on the same rows the last: bilora-echo perturbs the later ones.
-        is_last = (self.progress.draws // self.rows_a_step + 1) % repeats == 0
-        due = self.gap_interval and number >= self.gap_interval and number % self.gap_interval < repeats
-        if not (due and is_last and self.parts.method.perturbs):
-            return
         # One micro-batch: in float32, without TF32, a pass takes several times what one of the training takes.
         gap = measure_loss_gap(self.parts.models.values(), self.parts.method, micro_batches[:1])
         means = average([torch.tensor(loss, device=self.machine.device) for loss in (gap.perturbed, gap.clean)])

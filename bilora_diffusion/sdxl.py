@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bilora_diffusion.processes import to_device
+
 __all__ = [
     "Conditioning",
     "Moments",
@@ -44,7 +46,7 @@ class Conditioning:
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> "Conditioning":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: to_device(tensor, device))
 
     def _map(self, change) -> "Conditioning":
         return Conditioning(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})

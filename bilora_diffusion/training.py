@@ -1,6 +1,5 @@
 """The training step: Algorithm 1 of the paper, with any method in Bi-LoRA's place."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,16 +10,17 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import auxiliary_off
+from bilora_diffusion.applied import step_if
 from bilora_diffusion.base_prediction import hold_to_base
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.diffusion import Objective
 from bilora_diffusion.fused import AllFactors
 from bilora_diffusion.methods import Method
-from bilora_diffusion.processes import average_gradients, process_number
+from bilora_diffusion.processes import Mark, Reading, average_gradients, process_number
 from bilora_diffusion.randomness import stream_seed
 
-__all__ = ["Step", "Trainer"]
+__all__ = ["BegunStep", "Step", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,34 @@ class Step:
         loss: the back-propagated loss, mean over micro-batches and processes.
         applied: False where the step was skipped: the loss or a gradient was not finite.
         stop: some process wants to stop after this step.
+        measures: what the method tells of itself, see `Method.measures`.
     """
 
     loss: float
     applied: bool
     stop: bool
+    measures: dict[str, float]
+
+
+class BegunStep:
+    """A step that the device was asked for and may still be at work on.
+
+    Attributes:
+        done: when it has finished.
+    """
+
+    def __init__(self, loss: Tensor, applied: Tensor, wishes: Tensor, measures: Mapping[str, Tensor]) -> None:
+        self._reading = Reading({"loss": loss, "applied": applied, "wishes": wishes, **measures})
+
+    @property
+    def done(self) -> Mark:
+        return self._reading.taken
+
+    def result(self) -> Step:
+        """Waits for the device."""
+        numbers = self._reading.numbers()
+        loss, applied, wishes = (numbers.pop(name) for name in ("loss", "applied", "wishes"))
+        return Step(loss, applied > 0, wishes > 0, numbers)
 
 
 class Trainer:
@@ -81,7 +104,7 @@ class Trainer:
         self.seed = seed
         self.base_prior = base_prior
         self.trained = [*self.primary, *method.parameters]
-        self.average = None if ema_decay is None else EMAModel(self.primary, decay=ema_decay)
+        self.average = None if ema_decay is None else EMAModel(self.primary, decay=ema_decay, foreach=True)
         device = self.primary[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=compute_dtype == torch.float16)
         # The scaler takes its scale off the gradients of an optimiser. Both adapters must come off together and be
@@ -98,7 +121,14 @@ class Trainer:
         return [hold_to_base(micro_batch) for micro_batch in bound] if self.base_prior else bound
 
     def training_step(self, micro_batches: Sequence[TrainingMicroBatch], number: int, stop: bool = False) -> Step:
-        """One optimiser step.
+        """`begin_step`, and its result."""
+        return self.begin_step(micro_batches, number, stop).result()
+
+    def begin_step(self, micro_batches: Sequence[TrainingMicroBatch], number: int, stop: bool = False) -> BegunStep:
+        """One optimiser step, asked of the device: the host never waits for it, so it can ask for the next meanwhile.
+
+        A step whose loss or gradient is not finite changes neither adapters nor moments, which is decided on the
+        device. It counts as a step for all that the host counts: learning rates, ramps of noise and radii go on.
 
         Arguments:
             number: of this step in the run, from 0; the seed of what dropout draws.
@@ -109,24 +139,21 @@ class Trainer:
         wishes = torch.full_like(loss, float(stop))  # filled on the device: copying a number there would wait for it
         loss, wishes = average_gradients(self.trained, loss, wishes)
         norm, norm_of_primary = self._unscaled_norms()
-        # All that the host wants to know of the device, at once: the only time in a step that it waits.
-        loss, norm, wishes = torch.stack([loss, norm, wishes]).tolist()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            if self.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(self.primary, self.max_grad_norm, norm_of_primary)
-            self.method.before_step()
-            self.optimizer.step()  # descent on (A1, B1)
-            self.method.after_step()  # Bi-LoRA: ascent on (A2, B2), then the global clip
-            for scheduler in self.schedulers:
-                scheduler.step()
-            if self.average is not None:
-                self.average.step(self.primary)
+        applied = torch.isfinite(loss) & torch.isfinite(norm)
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.primary, self.max_grad_norm, norm_of_primary)
+        self.method.before_step(applied)
+        step_if(self.optimizer, applied)  # descent on (A1, B1)
+        self.method.after_step(applied)  # Bi-LoRA: ascent on (A2, B2), then the global clip
+        for scheduler in self.schedulers:
+            scheduler.step()
+        if self.average is not None:
+            self.average.step(self.primary)
         if self.scaler.is_enabled():
             self.scaler.update()
         for parameter in self.trained:
             parameter.grad = None
-        return Step(loss, finite, wishes > 0)
+        return BegunStep(loss, applied, wishes, self.method.measures())
 
     @contextmanager
     def as_exported(self) -> Iterator[None]:

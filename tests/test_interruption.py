@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(pictures: Path, tmp_p
 @forking
 def test_the_second_ctrl_c_leaves_at_once(pictures: Path, tmp_path: Path) -> None:
     folder, stuck = tmp_path / "run", tmp_path / "stuck"
-    step = Trainer.training_step
+    step = Trainer.begin_step
 
     def slow(self: Trainer, micro_batches: Any, number: int, stop: bool = False) -> Any:
         if number == 2:
@@ -119,7 +119,7 @@ def test_the_second_ctrl_c_leaves_at_once(pictures: Path, tmp_path: Path) -> Non
         return step(self, micro_batches, number, stop)
 
     def work() -> int:
-        Trainer.training_step = slow  # of the child alone
+        Trainer.begin_step = slow  # of the child alone
         return main(words(pictures, folder, **FLAGS))
 
     child = Forked(work, tmp_path / "log")

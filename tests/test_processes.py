@@ -141,7 +141,7 @@ def test_two_resume_where_they_stopped(pictures: Path, tmp_path: Path) -> None:
     train_in(2, words(pictures, whole, **flags), tmp_path)
     with interrupted_after(2):
         train_in(2, words(pictures, parts, **flags), tmp_path, code=130)
-    assert checkpoint_names(parts) == ["checkpoint-2"]
+    assert checkpoint_names(parts) == ["checkpoint-3"]  # each hears of the other's wish a step later
     train_in(2, words(pictures, parts, resume_from_checkpoint="latest", **flags), tmp_path)
     assert all_equal(lora(whole), lora(parts))
     assert summary(whole)["losses"] == summary(parts)["losses"]
@@ -192,14 +192,14 @@ def test_a_mistake_is_told_once(pictures: Path, tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_for_one_is_skipped_by_all(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Trainer.training_step
+    step = Trainer.begin_step
 
     def poisoned(self: Trainer, micro_batches: Any, number: int, stop: bool = False) -> Any:
         if number == 1 and self.rank == 1:
             micro_batches[0].batch.latents.fill_(float("nan"))
         return step(self, micro_batches, number, stop)
 
-    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    monkeypatch.setattr(Trainer, "begin_step", poisoned)
     folder = tmp_path / "run"
     train_in(2, words(pictures, folder, **SMALL), tmp_path)
     told = summary(folder)

@@ -178,7 +178,7 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(
     flags = {"checkpointing_steps": 2, "ascent": "normalized", **SMALL}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(pictures, whole, **flags)
-    step = Trainer.training_step
+    step = Trainer.begin_step
 
     def crash(self: Trainer, micro_batches: Any, number: int, stop: bool = False) -> Any:
         if number == 3:
@@ -186,7 +186,7 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(
         return step(self, micro_batches, number, stop)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Trainer, "training_step", crash)
+        patch.setattr(Trainer, "begin_step", crash)
         main(words(pictures, parts, **flags))
     assert state(parts)["state"] == "failed"
     assert [line["step"] for line in metrics(parts)] == [1, 2, 3]

@@ -46,6 +46,7 @@ from bilora_diffusion.method_names import FLAGS_OF_METHODS
 from bilora_diffusion.previews import Previews
 from bilora_diffusion.progress import Progress
 from bilora_diffusion.strict_json import strict_json
+from bilora_diffusion.training import BegunStep, Step, Trainer
 
 SMALL: dict[str, Any] = {"lora_layers": "to_q"}
 SECRET = "secretname"  # in every path and token given below, and nowhere in what may be shared
@@ -424,9 +425,9 @@ def draw(pipeline: Any, prompt: str, count: int) -> list[bytes]:
 )
 def test_when_a_preview_is_due(steps: int | None, epochs: int, total: int, due: list[int]) -> None:
     """By epoch: after those whose number, from 0, is a multiple of --validation_epochs, as in the stock script."""
-    config = SimpleNamespace(validation_steps=steps, validation_epochs=epochs)
+    config = SimpleNamespace(validation_prompt="x", validation_steps=steps, validation_epochs=epochs)
     previews = Previews(config, None, None, None, None, total, steps_per_epoch=4)  # type: ignore[arg-type]
-    assert [step for step in range(1, total + 1) if previews._is_due(step)] == due
+    assert [step for step in range(1, total + 1) if previews.is_due(step)] == due
 
 
 def test_previews_by_epoch_and_the_final_prompt(pictures: Path, tmp_path: Path, quick: None) -> None:
@@ -496,6 +497,37 @@ def test_a_resumed_run_does_not_look_for_the_lora_it_began_with(pictures: Path, 
     (tmp_path / "start" / LORA_FILE).unlink()
     assert all_equal(whole, train(pictures, tmp_path / "parts", resume_from_checkpoint="latest", **flags))
     assert not all_equal(whole, train(pictures, tmp_path / "plain", **SMALL))
+
+
+# --- The step that the device is at work on ---
+
+
+def test_a_loss_is_read_when_the_next_step_has_been_asked_for(
+    pictures: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the steps whose weights are saved, shown or measured, and the last."""
+    order: list[str] = []
+    begin, result = Trainer.begin_step, BegunStep.result
+
+    def begun(self: Trainer, batches: Any, number: int, stop: bool = False) -> BegunStep:
+        order.append(f"{number + 1}")
+        step = begin(self, batches, number, stop)
+        step.number = number + 1
+        return step
+
+    def read(self: BegunStep) -> Step:
+        order.append(f"{self.number} read")
+        return result(self)
+
+    monkeypatch.setattr(Trainer, "begin_step", begun)
+    monkeypatch.setattr(BegunStep, "result", read)
+    flags = {"max_train_steps": 7, "checkpointing_steps": 3, "loss_gap_steps": 6, "method": "bilora", **SMALL}
+    train(pictures, tmp_path / "run", **flags)
+    # Saved after 3 and 6, measured before 6.
+    assert " ".join(order) == "1 2 1 read 3 2 read 3 read 4 5 4 read 5 read 6 6 read 7 7 read"
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(line["seconds"] > 0 for line in lines)
 
 
 # --- Losses that are not finite ---

@@ -20,7 +20,6 @@ from bilora_diffusion.data.dreambooth import flatten
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.fused import unfuse
 from bilora_diffusion.method_names import METHOD_NAMES
-from bilora_diffusion.processes import on_host
 from bilora_diffusion.randomness import generator
 
 __all__ = ["BASELINE", "Contender", "Setting", "Specification", "specifications", "write_pictures"]
@@ -142,7 +141,6 @@ class Own:
         rows = flatten([self.parts.dataset[number * self.batch + place] for place in range(self.batch)])
         trainer = self.parts.trainer
         step = trainer.training_step(trainer.micro_batches([self.parts.make_batch(rows)]), number)
-        on_host(self.parts.method.measures())
         if not step.applied:
             raise RuntimeError("the loss or its gradient is not finite: a skipped step costs less than a true one")
         return step.loss

@@ -78,8 +78,9 @@ def simulate_step(
         primary = [p for model in models.values() for p in parameters_of(model, PRIMARY).values()]
         trained = [*primary, *method.parameters]
         with _gradients(trained):  # what a first step leaves behind
-            method.before_step()
-            method.after_step()
+            applied = torch.ones((), dtype=torch.bool, device=META)
+            method.before_step(applied)
+            method.after_step(applied)
         state = counter.live
         counter.restart()
         micro_batch = _micro_batch(config, models, size, dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilora_diffusion.adapters import LowRank, wide_dtype
+from bilora_diffusion.applied import copy_if, step_if
 
 __all__ = ["Ascent", "NormalizedAscent", "OptimizerAscent"]
 
@@ -20,7 +21,9 @@ class Ascent(Protocol):
 
     schedulable: Sequence[torch.optim.Optimizer]
 
-    def step(self) -> None: ...
+    def step(self, applied: Tensor) -> None:
+        """Arguments: applied: a scalar of bools on the device; False: nothing moves, whatever the gradients hold."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -40,8 +43,8 @@ class OptimizerAscent:
         self.optimizer = optimizer
         self.schedulable = [optimizer]
 
-    def step(self) -> None:
-        self.optimizer.step()
+    def step(self, applied: Tensor) -> None:
+        step_if(self.optimizer, applied)
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -69,16 +72,16 @@ class NormalizedAscent:
         self.schedulable: list[torch.optim.Optimizer] = []
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, applied: Tensor) -> None:
         layers = [layer for layer in self.layers if layer.A.grad is not None and layer.B.grad is not None]
         if not layers:
             return
         speed = torch.stack([_squared_speed(layer) for layer in layers]).sum().sqrt()
         # No gradient, no step: 0 / 0 would put NaN in the auxiliary.
         eta = torch.where(speed > 0, self.distance / speed.clamp_min(torch.finfo(speed.dtype).tiny), 0.0).float()
-        for layer in layers:
-            layer.B.add_(layer.B.grad * eta)
-            layer.A.add_(layer.A.grad * eta)
+        factors = [factor for layer in layers for factor in (layer.A, layer.B)]
+        steps = torch._foreach_mul([factor.grad for factor in factors], eta)
+        copy_if(applied, factors, torch._foreach_add(factors, steps))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -18,9 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilora_diffusion.adapters import LowRank
 from bilora_diffusion.methods.interface import Method
+from bilora_diffusion.processes import to_device
 
 __all__ = ["SCHEDULES", "Balancedness"]
 
@@ -67,7 +69,7 @@ class Balancedness(Method):
         self.schedulable = [self._rates]
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_step(self, applied: Tensor) -> None:
         done = min(self._step / self.steps, 1.0)
         rates = dict(zip(self._parts, (group["lr"] for group in self._rates.param_groups), strict=True))
         layers = [layer for layer in self.layers if layer.A.grad is not None and layer.B.grad is not None]
@@ -79,11 +81,11 @@ class Balancedness(Method):
             norms = [torch.stack(torch._foreach_norm(one)) for one in (A, B)]
             sign = torch.where(norms[0] >= norms[1], -1.0, 1.0)
         moves = torch.tensor([self.strength * self.schedule(done) * rates[layer.part] for layer in layers])
-        changes = sign * moves.to(sign.device, non_blocking=True)
+        changes = sign * to_device(moves, sign.device) * applied
         torch._foreach_mul_(A, list(1 + changes))
         torch._foreach_mul_(B, list(1 - changes))
 
-    def after_step(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         self._rates.step()  # so that the schedule sees its optimiser at work
         self._step += 1
 

@@ -31,11 +31,15 @@ class Ball:
         self._clipped = torch.zeros((), dtype=torch.int64, device=device)
         self.steps = 0
 
-    def clip(self) -> None:
-        """Once a step, after the auxiliary has moved."""
+    def clip(self, applied: Tensor) -> None:
+        """Once a step, after the auxiliary has moved.
+
+        Arguments:
+            applied: a scalar of bools on the device; False: it has not, and is not counted as clipped.
+        """
         norm = clip_to_ball(self.layers, self.rho)
         self._norm = norm.clamp_max(self.rho)
-        self._clipped += norm > self.rho
+        self._clipped += (norm > self.rho) & applied
         self.steps += 1
 
     def measures(self) -> dict[str, Tensor]:

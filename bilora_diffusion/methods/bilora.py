@@ -67,11 +67,11 @@ class BiLoRA(Method):
         self.parameters = [p for layer in layers for p in (layer.A, layer.B)]
         self.schedulable = list(ascent.schedulable)
 
-    def after_step(self) -> None:
-        self.ascent.step()
+    def after_step(self, applied: Tensor) -> None:
+        self.ascent.step(applied)
         # Never 0, not after the last step either: from an auxiliary of zeros no longer run could go on.
         self.ball.rho = self.rho * self.schedule(min(self.ball.steps / self.steps, 1 - 1 / self.steps))
-        self.ball.clip()
+        self.ball.clip(applied)
         for parameter in self.parameters:
             parameter.grad = None  # no optimiser of the trainer's clears these
 

@@ -70,7 +70,7 @@ class BiLoRAEcho(Method):
     def accumulate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         repeats = all(micro_batch.is_repeat for micro_batch in micro_batches)
         if not repeats:
-            self._empty()  # after a step that was skipped it would hold the gradient of other rows
+            self._empty()
         self._collected = not (repeats and self.steps_per_draw == 2)  # else the next step has other rows
         with self.perturbed(micro_batches):
             if not self._collected:
@@ -79,12 +79,12 @@ class BiLoRAEcho(Method):
                 return backward_each(micro_batches)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         self._step += 1
         if not self._collected:
             self._empty()
             return
-        fill(self.layers, self.sketch.factors(), self.rho)
+        fill(self.layers, self.sketch.factors(), self.rho, applied)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step}

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import LowRank
+from bilora_diffusion.applied import copy_if
 from bilora_diffusion.methods.gradient_sketch import GradientSketch, fill
 from bilora_diffusion.methods.interface import Method, MicroBatch, backward_each, gradients, unit, without_gradients
 
@@ -106,11 +107,11 @@ class BiLoRAFresh(Method):
         return super().accumulate(micro_batches)
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        for layer in self.layers:
-            if layer.A.grad is not None:
-                layer.A.data.copy_(orthonormal_rows(layer.A.grad))
-                layer.A.grad = None
+    def after_step(self, applied: Tensor) -> None:
+        followed = [layer.A for layer in self.layers if layer.A.grad is not None]
+        copy_if(applied, followed, [orthonormal_rows(A.grad) for A in followed])
+        for A in followed:
+            A.grad = None
         self._step += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,13 +38,13 @@ class Combined(Method):
         with self.under.perturbed(micro_batches):
             return self.method.accumulate(micro_batches)
 
-    def before_step(self) -> None:
-        self.method.before_step()
-        self.under.before_step()
+    def before_step(self, applied: Tensor) -> None:
+        self.method.before_step(applied)
+        self.under.before_step(applied)
 
-    def after_step(self) -> None:
-        self.method.after_step()
-        self.under.after_step()
+    def after_step(self, applied: Tensor) -> None:
+        self.method.after_step(applied)
+        self.under.after_step(applied)
 
     def measures(self) -> dict[str, Tensor]:
         return {**self.under.measures(), **self.method.measures()}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bilora_diffusion.adapters import LowRank
+from bilora_diffusion.applied import step_if
 from bilora_diffusion.methods.ball import Ball
 from bilora_diffusion.methods.interface import Method
 
@@ -44,9 +45,9 @@ class DualLoRA(Method):
         self.parameters = [p for layer in layers for p in (layer.A, layer.B)]
         self.schedulable = [optimizer]
 
-    def after_step(self) -> None:
-        self.optimizer.step()
-        self.ball.clip()
+    def after_step(self, applied: Tensor) -> None:
+        step_if(self.optimizer, applied)
+        self.ball.clip(applied)
         for parameter in self.parameters:
             parameter.grad = None
 

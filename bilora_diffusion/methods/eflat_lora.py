@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bilora_diffusion.adapters import LowRank, wide_dtype
+from bilora_diffusion.applied import copy_if
 from bilora_diffusion.methods.displacement import displaced
 from bilora_diffusion.methods.interface import Method, MicroBatch
 
@@ -55,14 +56,14 @@ class EFlatLoRA(Method):
         with displaced(self._columns, self._average):
             yield
 
-    def before_step(self) -> None:
+    def before_step(self, applied: Tensor) -> None:
         """The factors are still those of the gradients. A common factor of the gradients, as clipping's, cancels."""
         self._found = [
             climb(layer, average, self.rho) for layer, average in zip(self.layers, self._average, strict=True)
         ]
 
-    def after_step(self) -> None:
-        torch._foreach_lerp_(self._average, self._found, self.beta)
+    def after_step(self, applied: Tensor) -> None:
+        copy_if(applied, self._average, torch._foreach_lerp(self._average, self._found, self.beta))
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self._average}

@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import Tensor
+
 from bilora_diffusion.methods.interface import Method, MicroBatch
 from bilora_diffusion.methods.weight_noise import WeightNoise
 
@@ -56,7 +58,7 @@ class FlatLoRA(Method):
         done = min(self._step / self.steps, 1.0)
         return self.noise.on(self._step, self.sigma * self.schedule(done))
 
-    def after_step(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         self._step += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import LowRank, adapted_layers, wide_dtype
+from bilora_diffusion.applied import copy_if
 from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.fused import FusedLinear, tap
 from bilora_diffusion.processes import average, process_count, process_number
@@ -105,10 +106,13 @@ class GradientSketch:
 
 
 @torch.no_grad()
-def fill(layers: Sequence[LowRank], factors: Sequence[Factors], rho: float) -> None:
+def fill(layers: Sequence[LowRank], factors: Sequence[Factors], rho: float, applied: Tensor | None = None) -> None:
     """Makes an adapter the direction of `GradientSketch.factors`, with ||s B A||_F = rho over all layers.
 
     A gradient of zero leaves it zero.
+
+    Arguments:
+        applied: a scalar of bools on the device; where it is False the adapter becomes zero. None: True.
     """
     norm = torch.stack(torch._foreach_norm([A for _, A in factors])).norm()  # the columns of B are orthonormal
     size = torch.where(norm > 0, rho / norm, 0.0)
@@ -118,7 +122,12 @@ def fill(layers: Sequence[LowRank], factors: Sequence[Factors], rho: float) -> N
         ([layer.B for layer in layers], [B for B, _ in factors]),
         ([layer.A for layer in layers], scaled),
     ):
-        torch._foreach_copy_(list(of_layers), [one.view_as(own) for one, own in zip(found, of_layers, strict=True)])
+        values = [one.view_as(own) for one, own in zip(found, of_layers, strict=True)]
+        if applied is None:
+            torch._foreach_copy_(of_layers, values)
+        else:
+            torch._foreach_zero_(of_layers)
+            copy_if(applied, of_layers, values)
 
 
 def _listen(layer: BaseTunerLayer, collect: Callable[[Tensor, Tensor], None]) -> Callable[[], object]:

@@ -73,13 +73,15 @@ class Method:
         with self.perturbed(micro_batches):
             return backward_each(micro_batches)
 
-    def before_step(self) -> None:
+    def before_step(self, applied: Tensor) -> None:
         """Runs once per optimiser step, before the primary's update, the gradients averaged and clipped.
 
-        Neither this nor `after_step` is called for a step that is skipped.
+        Arguments:
+            applied: a scalar of bools on the device: False where the step is skipped. Then nothing that was learnt may
+                change, here or in `after_step`, and the gradients may hold anything; what the host counts goes on.
         """
 
-    def after_step(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         """Runs once per optimiser step, after the primary's update; the gradients are still there."""
 
     def measures(self) -> dict[str, Tensor]:

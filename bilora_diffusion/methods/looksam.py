@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from bilora_diffusion.applied import copy_if
 from bilora_diffusion.methods.displacement import displaced
 from bilora_diffusion.methods.interface import Method, MicroBatch, backward_each, gradients, unit
 from bilora_diffusion.processes import average_gradients
@@ -44,7 +45,7 @@ class LookSAM(Method):
         self.alpha = alpha
         self._steps = 0
         self._across = [torch.zeros_like(parameter) for parameter in self.primary]  # v / ||v||
-        self._found: list[Tensor] | None = None  # the same of a step that may still be skipped
+        self._found: list[Tensor] | None = None  # the same of a step that may be skipped
 
     @contextmanager
     def perturbed(self, micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
@@ -76,9 +77,10 @@ class LookSAM(Method):
             whole[place] = value
         return whole
 
-    def after_step(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         if self._found is not None:
-            self._across, self._found = self._found, None
+            copy_if(applied, self._across, self._found)
+            self._found = None
         self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class RWPLoRA(Method):
             noise.append((drawn * scale).view_as(parameter))
         return noise
 
-    def after_step(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         self._step += 1
 
     def state_dict(self) -> dict[str, Any]:

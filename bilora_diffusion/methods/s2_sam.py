@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilora_diffusion.applied import copy_if
 from bilora_diffusion.methods.displacement import displaced
 from bilora_diffusion.methods.interface import Method, MicroBatch, unit
 
@@ -42,9 +43,10 @@ class S2SAM(Method):
         with displaced(self.primary, self._direction, self.rho):
             yield
 
-    def after_step(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         # A common factor, as that of clipping, does not matter.
-        self._direction = unit([torch.zeros_like(p) if p.grad is None else p.grad for p in self.primary])
+        latest = unit([torch.zeros_like(p) if p.grad is None else p.grad for p in self.primary])
+        copy_if(applied, self._direction, latest)
 
     def state_dict(self) -> dict[str, Any]:
         return {"direction": self._direction}
