@@ -208,8 +208,8 @@ def crop_corners(size: tuple[int, int], resolution: Resolution, crops: int) -> l
     """(y, x) in px of the corners of a picture's crops, spread evenly over what there is to crop, each once.
 
     A picture in its `resized_size` has s px to spare along one side at most. Crop n of N = `crops` leaves the share
-    (n + 1/2) / N of them before it, rounded: the middle for N = 1, never quite the ends. There are fewer than N where
-    s is small. Nothing random: the same in every run.
+    (n + 1/2) / N of them before it, rounded: for N = 1 the crop is the middle, for N > s they are all there are.
+    Nothing is random: they are the same in every run.
     """
     return list(itertools.product(*(_spread(px, crops) for px in _spare(size, resolution))))
 
