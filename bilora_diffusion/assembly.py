@@ -356,6 +356,7 @@ def _data_set(
         class_pictures=_class_pictures(config, machine, base, resolution, seed),
         resolution=resolution,
         center_crop=config.center_crop,
+        crops_per_image=config.crops_per_image,
         random_flip=config.random_flip,
         interpolation=config.image_interpolation_mode,
         seed=seed,
@@ -410,14 +411,17 @@ def _check_cacheable(config: TrainingConfig, dataset: DreamBoothDataset) -> None
         flag = "cache_latents" if config.cache_latents else "cache_dir_latents"
         raise UserError(
             f"--{flag}: random crops are drawn anew each time, so there is nothing to keep: "
-            f"add --center_crop, or leave --{flag} out"
+            f"add --crops_per_image 4 or --center_crop, or leave --{flag} out"
         )
 
 
 def _latents(config: TrainingConfig, machine: Machine, base: Base, dataset: DreamBoothDataset) -> LatentSource:
     cached = dataset.cacheable if config.cache_latents is None else config.cache_latents
     if not cached and config.cache_latents is None and machine.is_main:
-        logger.info("latents are not cached: crops are drawn anew; --center_crop saves the VAE's memory and time")
+        logger.info(
+            "latents are not cached: crops are drawn anew; --crops_per_image 4 or --center_crop saves the VAE's memory "
+            "and time"
+        )
     vae = base.load("vae", dtype=torch.float32).vae.requires_grad_(False).to(machine.device)
     vae.enable_slicing()
     if not cached:

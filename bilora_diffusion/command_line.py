@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None = None, assumed: Mapping[str, Any] | None =
     values = read_config_file(files[0]) if files else {}
     for pair in RIVALS:
         for name, rival in (pair, pair[::-1]):
-            if given.get(name) is not None:
+            if given.get(name) is not None and given[name] is not False:  # --no-center_crop takes nothing's place
                 values.pop(rival, None)
     values |= given
     for name, value in (assumed or {}).items():
@@ -212,7 +212,8 @@ Written by `python -m bilora_diffusion.command_line > docs/flags.md`; a test kee
 - A switch can be said `--x`, `--no-x`, `--x True`, `--x False` or `--x=false`.
 - `--config FILE.yaml` holds flags under their names (`learning_rate: 1e-4`); `null` is unset. The command
   line wins over the file; `--rho` there displaces the file's `rho_relative`, `--instance_data_dir` its
-  `dataset_name`, and the other way round. Paths are relative to the working directory in both.
+  `dataset_name`, `--crops_per_image` its `center_crop`, and the other way round. Paths are relative to the
+  working directory in both.
 - `none` on the command line unsets a number or switch that may be unset: `--max_train_steps none`.
 - Flags are written out in full; a wrong name is answered with the nearest right one.
 - "From": stock is diffusers' `train_dreambooth_lora_sdxl.py`; newer diffusers: a name its newer scripts use;

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # Two ways to say one thing: never both. On the command line one of them displaces the other of the YAML file.
-RIVALS = (("rho", "rho_relative"), ("dataset_name", "instance_data_dir"))
+RIVALS = (("rho", "rho_relative"), ("dataset_name", "instance_data_dir"), ("center_crop", "crops_per_image"))
 
 METHOD = "Method"
 BASE = "Base model"
@@ -303,6 +303,14 @@ class TrainingConfig:
     center_crop: bool = flag(
         False, "crop the middle; off: a place drawn anew each time the picture is seen", group=DATA
     )
+    crops_per_image: int | None = flag(
+        None,
+        "crop at so many places, spread evenly, one of them drawn each time, so that latents can be cached as with "
+        "--center_crop; unset: anywhere",
+        group=DATA,
+        within=AT_LEAST_ONE,
+        origin="bilora",
+    )
     random_flip: bool = flag(False, "mirror left-right at random, drawn anew each time", group=DATA)
     image_interpolation_mode: Literal[
         "bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"
@@ -338,7 +346,7 @@ class TrainingConfig:
     )
     cache_latents: bool | None = flag(
         None,
-        "encode each picture once and free the VAE; unset: on where the augmentation allows it",
+        "encode each picture (and crop) once and free the VAE; unset: on where the augmentation allows it",
         group=DATA,
         origin="diffusers",
     )

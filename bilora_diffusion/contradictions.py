@@ -30,6 +30,10 @@ def _check_data(config: "TrainingConfig") -> None:
         raise UserError("no pictures to learn: give --instance_data_dir FOLDER or --dataset_name NAME")
     if config.dataset_name is not None and config.instance_data_dir is not None:
         raise UserError("--dataset_name and --instance_data_dir are both set: give only one of them")
+    if config.center_crop and config.crops_per_image is not None:
+        raise UserError(
+            "--center_crop and --crops_per_image are both set: the middle is one crop, give only one of them"
+        )
     _check_masks(config)
     _check_buckets(config)
     if config.cache_dir_latents is not None and config.cache_latents is False:

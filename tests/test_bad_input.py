@@ -302,7 +302,7 @@ CASES: list[tuple[Callable[[Path], dict[str, Any]], str]] = [
     (config_with_an_unknown_key, "run.yaml, line 1"),
     (config_with_a_wrong_value, "run.yaml, line 1"),
     (layers_that_are_none, "--lora_layers"),
-    (latents_of_crops, "--center_crop"),
+    (latents_of_crops, "add --crops_per_image 4 or --center_crop, or leave --cache_latents out"),
     (a_tracker_that_is_not_installed, "pip install clearml"),
     (eight_bits_without_the_package, "pip install bitsandbytes"),
     (attention_without_the_package, "xFormers"),

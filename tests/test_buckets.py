@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,12 +64,19 @@ def test_a_picture_is_resized_to_just_hold_its_bucket(size: tuple[int, int]) -> 
     assert resized_size(size, (64, 64)) == resized_size(size, 64)
 
 
-@pytest.mark.parametrize("center_crop", [False, True])
-def test_what_a_row_says_is_what_it_shows(center_crop: bool) -> None:
-    dataset = dataset_of(interpolation="nearest", random_flip=True, center_crop=center_crop)
+@pytest.mark.parametrize(
+    ("crop", "expected"),
+    [
+        ({}, None),
+        ({"center_crop": True}, {(0, 8), (8, 0)}),
+        ({"crops_per_image": 3}, {(0, 3), (0, 8), (0, 13), (3, 0), (8, 0), (13, 0)}),
+    ],
+    ids=["random", "middle", "three"],
+)
+def test_what_a_row_says_is_what_it_shows(crop: dict[str, Any], expected: set[tuple[int, int]] | None) -> None:
     exact = [(96, 64), (64, 96)]  # shown at their own size, so that a pixel tells where it comes from
     dataset = DreamBoothDataset(
-        in_memory(exact), resolution=64, seed=0, buckets=[(64, 80), (80, 64)], random_flip=True, center_crop=center_crop
+        in_memory(exact), resolution=64, seed=0, buckets=[(64, 80), (80, 64)], random_flip=True, **crop
     )
     corners = set()
     for draw in range(40):
@@ -80,7 +88,7 @@ def test_what_a_row_says_is_what_it_shows(center_crop: bool) -> None:
         assert row.original_size == (height, width) and mark == row.picture
         assert (y, width - 1 - x if row.flipped else x) == row.crop_top_left
         corners.add(row.crop_top_left)
-    assert corners == {(0, 8), (8, 0)} if center_crop else len(corners) > 10
+    assert len(corners) > 10 if expected is None else corners == expected
 
 
 # --- Order ---
@@ -171,17 +179,17 @@ def test_the_unet_sees_the_shapes_and_is_told_of_them(build: Builder, pictures: 
     assert {tuple(one.tolist()[:2]) for _, ids in seen for one in ids} == {(height, width) for width, height in SIZES}
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["random crops", "cached"])
-def test_a_run_with_buckets_resumes_where_it_was(cached: bool, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("crop", [{}, {"center_crop": True}, {"crops_per_image": 3}], ids=["random", "middle", "three"])
+def test_a_run_with_buckets_resumes_where_it_was(crop: dict[str, Any], pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     for number, size in enumerate(SIZES):
         Image.linear_gradient("L").resize(size).save(tmp_path / "masks" / f"{number}.png")
     flags = {
         **SMALL,
         **FLAGS,
-        "center_crop": cached,
+        **crop,
         "random_flip": True,
-        "cache_dir_latents": tmp_path / "cache" if cached else None,
+        "cache_dir_latents": tmp_path / "cache" if crop else None,
         "mask_dir": tmp_path / "masks",
         "with_prior_preservation": True,
         "prior_source": "base_prediction",

@@ -116,6 +116,16 @@ def test_a_rival_on_the_command_line_displaces_the_files(tmp_path: Path) -> None
     assert "--rho and --rho_relative" in refusal([*WORDS, "--config", both])
 
 
+def test_a_few_crops_on_the_command_line_displace_the_files_middle(tmp_path: Path) -> None:
+    def crops(line: str, *given: str) -> tuple[bool, int | None]:
+        config = parse([*WORDS, "--config", written(tmp_path, line), *given])
+        return config.center_crop, config.crops_per_image
+
+    assert crops("center_crop: true", "--crops_per_image", "4") == (False, 4)
+    assert crops("crops_per_image: 4", "--center_crop") == (True, None)
+    assert crops("crops_per_image: 4", "--no-center_crop") == (False, 4)
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "\ufeffrank: 4\n", "{rank: 4}", '{"rank": 4}'])
 def test_files_that_change_nothing(text: str, tmp_path: Path) -> None:
     assert parse([*WORDS, "--config", written(tmp_path, text)]) == parse(WORDS)

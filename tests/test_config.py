@@ -125,6 +125,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "with --dataset_name use --alpha_mask",
     ),
     ({"cache_dir_latents": "kept", "cache_latents": False}, "--cache_dir_latents keeps latents and --cache_latents is"),
+    (
+        {"center_crop": True, "crops_per_image": 1},
+        "--center_crop and --crops_per_image are both set: the middle is one",
+    ),
     ({"aspect_ratio_buckets": "64,64"}, "--aspect_ratio_buckets needs --use_aspect_ratio_buckets"),
     (BUCKETS | {"aspect_ratio_buckets": "64x64"}, "--aspect_ratio_buckets is '64x64': it must be pairs height,width"),
     (BUCKETS | {"aspect_ratio_buckets": "64,64;60,64"}, "each number >= 16 and a multiple of 8"),
@@ -193,6 +197,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 AT_LEAST_ONE = [
     "repeats",
+    "crops_per_image",
     "train_batch_size",
     "sample_batch_size",
     "gradient_accumulation_steps",

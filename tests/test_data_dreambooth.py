@@ -561,11 +561,61 @@ def test_the_variants_are_all_that_rows_can_show(
             next(dataset.variants())
         return
     variants = list(dataset.variants())
-    known = dict(variants)
-    assert len(known) == len(variants) == 5 * (2 if random_flip else 1)
+    assert len(set(variants)) == len(variants) == 5 * (2 if random_flip else 1)
     for row in flatten(dataset[draw] for draw in range(30)):
-        assert row.view == known[row.key]
-        assert torch.equal(row.pixels, dataset.pixels(*row.key[:2], known[row.key]))
+        assert row.key in variants
+        assert torch.equal(row.pixels, dataset.pixels(*row.key))
+
+
+@pytest.mark.parametrize("random_flip", [False, True])
+def test_the_variants_of_a_few_crops(random_flip: bool) -> None:
+    sizes = ((28, 16), (16, 16), (16, 18))
+    options = {
+        "instances": pictures_in_memory(3, sizes),
+        "class_pictures": pictures_in_memory(2, ((16, 40),), "class"),
+        "crops_per_image": 4,
+        "random_flip": random_flip,
+    }
+    dataset = dataset_of(**options)
+    assert dataset.cacheable
+    variants = list(dataset.variants())
+    flips = (False, True) if random_flip else (False,)
+    corners = {
+        (False, 0): [(0, x) for x in (2, 4, 8, 10)],  # of 12 px
+        (False, 1): [(0, 0)],
+        (False, 2): [(y, 0) for y in (0, 1, 2)],
+        (True, 0): [(y, 0) for y in (3, 9, 15, 21)],
+        (True, 1): [(y, 0) for y in (3, 9, 15, 21)],
+    }
+    assert [(key[:2], key[2].crop_top_left, key[2].flipped) for key in variants] == [
+        (picture, corner, flipped) for picture, some in corners.items() for corner in some for flipped in flips
+    ]
+    rows = flatten(dataset[draw] for draw in range(200))
+    assert {row.key for row in rows} == set(variants), "what rows show, and all of it"
+    reseeded = dataset_of(**options, seed=5)
+    assert list(reseeded.variants()) == variants
+    again = flatten(reseeded[draw] for draw in range(200))
+    assert [row.key for row in again] != [row.key for row in rows] and {row.key for row in again} == set(variants)
+    for row in rows:
+        assert torch.equal(row.pixels, dataset.pixels(*row.key))
+        y, x = row.crop_top_left
+        width = sizes[row.picture][0] if not row.is_class else 16
+        assert place_of(row) == ((y, width - 1 - x if row.flipped else x), row.picture)
+
+
+def test_a_few_crops_leave_every_other_draw_as_it_was() -> None:
+    options = {"instances": pictures_in_memory(3, ((40, 16), (16, 30))), "random_flip": True}
+    anywhere, few = (
+        dataset_of(**options, captions=CaptionRule(0.3), steps_per_draw=2, repeats=2, crops_per_image=crops)
+        for crops in (None, 3)
+    )
+    for draw in range(60):
+        (one,), (other,) = anywhere.describe(draw), few.describe(draw)
+        told = [(row.picture, row.flipped, row.prompt, row.draw, row.first) for row in (one, other)]
+        assert told[0] == told[1]
+        assert few.describe(other.first)[0].view == other.view, "steps on the same draw see the same crop"
+    with pytest.raises(ValueError, match="center_crop or crops_per_image"):
+        dataset_of(center_crop=True, crops_per_image=3)
 
 
 def test_a_class_picture_that_must_be_cropped_prevents_the_cache() -> None:

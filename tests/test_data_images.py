@@ -1,8 +1,10 @@
 """Files of every kind to pixels: right way up, right colours, right corner, or one clear line."""
 
 import io
+import itertools
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from torchvision.transforms import functional as stock
 from bilora_diffusion.data.folders import SUFFIXES
 from bilora_diffusion.data.images import (
     INTERPOLATIONS,
+    crop_corners,
     draw_view,
     load_image,
     prepare,
@@ -316,7 +319,7 @@ def test_the_pixels_are_those_of_the_stock_transforms(name: str, size: tuple[int
             transforms.Normalize([0.5], [0.5]),
         ]
     )
-    view = draw_view(size[::-1], 32, True, False, generator(0))
+    view = draw_view(size[::-1], 32, 1, False, generator(0))
     mirrored = type(view)(view.original_size, view.crop_top_left, True)
     assert torch.equal(render(resize(image, 32, name), mirrored, 32), stock_transform(image))
 
@@ -357,7 +360,7 @@ def test_the_corner_is_counted_after_resizing_and_the_size_before() -> None:
 
 
 def test_crops_reach_both_ends_and_flips_are_even() -> None:
-    views = [draw_view((16, 20), 16, False, True, generator(0, number)) for number in range(1000)]
+    views = [draw_view((16, 20), 16, None, True, generator(0, number)) for number in range(1000)]
     counts = np.bincount([view.crop_top_left[1] for view in views])
     assert len(counts) == 5
     assert counts.min() > 150
@@ -366,18 +369,46 @@ def test_crops_reach_both_ends_and_flips_are_even() -> None:
 
 def test_an_option_does_not_shift_the_others_draws() -> None:
     for number in range(20):
-        plain, flipping, centred = (
-            draw_view((100, 200), 50, center, flip, generator(0, number))
-            for center, flip in ((False, False), (False, True), (True, True))
+        plain, flipping, centred, three = (
+            draw_view((100, 200), 50, crops, flip, generator(0, number))
+            for crops, flip in ((None, False), (None, True), (1, True), (3, True))
         )
         assert plain.crop_top_left == flipping.crop_top_left
-        assert flipping.flipped == centred.flipped
+        assert flipping.flipped == centred.flipped == three.flipped
+        anywhere, few = (view.crop_top_left[1] for view in (plain, three))
+        assert few == (8, 25, 42)[anywhere * 3 // 51], "the third of the picture that a crop anywhere is in"
     after = []
-    for center, flip in ((False, False), (False, True), (True, False), (True, True)):
+    for crops, flip in itertools.product((None, 1, 3), (False, True)):
         stream = generator(0)
-        draw_view((100, 200), 50, center, flip, stream)
+        draw_view((100, 200), 50, crops, flip, stream)
         after.append(torch.rand(1, generator=stream).item())
     assert len(set(after)) == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "crops", "places"),
+    [
+        (116, 1, [50]),
+        (116, 2, [25, 75]),
+        (116, 4, [12, 38, 62, 88]),
+        (116, 5, [10, 30, 50, 70, 90]),
+        (19, 1, [2]),  # as --center_crop rounds it
+        (18, 3, [0, 1, 2]),
+        (18, 10**9, [0, 1, 2]),
+        (20, 4, [0, 2, 4]),  # what rounds to the same place is there once
+        (16, 7, [0]),
+    ],
+)
+def test_crops_are_spread_evenly_over_what_there_is_to_crop(width: int, crops: int, places: list[int]) -> None:
+    assert crop_corners((16, width), 16, crops) == [(0, x) for x in places]
+    assert crop_corners((width, 16), 16, crops) == [(y, 0) for y in places]
+    assert crop_corners((16, width), (16, width), crops) == [(0, 0)]
+    views = [draw_view((16, width), 16, crops, True, generator(0, number)) for number in range(100 * len(places))]
+    shown = Counter(view.crop_top_left for view in views)
+    assert sorted(shown) == [(0, x) for x in places]
+    assert min(shown.values()) > 60, "each as often"
+    centred = draw_view((16, width), 16, 1, False, generator(0)).crop_top_left
+    assert crops > 1 or centred == (0, round((width - 16) / 2))
 
 
 def test_the_range_of_the_pixels() -> None:

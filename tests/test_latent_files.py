@@ -13,6 +13,7 @@ from tiny_run import Builder, all_equal, write_both
 from whole_run import (
     Forked,
     forking,
+    in_one_and_in_two,
     interrupted_after,
     lora,
     main,
@@ -27,8 +28,11 @@ from whole_run import (
 
 from bilora_diffusion.atomic import atomic_write
 from bilora_diffusion.data import latents as latents_module
+from bilora_diffusion.data.dreambooth import DreamBoothDataset, flatten
 from bilora_diffusion.data.images import View
 from bilora_diffusion.data.latent_files import LatentFiles, fingerprint
+from bilora_diffusion.data.latents import CachedLatents, EncodedLatents
+from bilora_diffusion.data.masks import with_mask_files
 from bilora_diffusion.data.pictures import Picture, find_pictures
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.sdxl import Moments
@@ -188,6 +192,71 @@ def test_several_may_write_one_file_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if "tmp" in path.name] == []
 
 
+# --- A few crops of each picture ---
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Picture], list[Picture]]:
+    """Instance pictures with masks, two of which have something to be cropped, and class pictures, one of which has."""
+    folder = tmp_path_factory.mktemp("crops")
+    masks = folder / "masks"
+    masks.mkdir()
+    pictures, classes = write_both(folder)
+    for path in pictures.glob("*.png"):
+        Image.linear_gradient("L").rotate(90).resize(Image.open(path).size).save(masks / path.name)
+    found = [find_pictures(one, instance_prompt="x")[0] for one in (pictures, classes)]
+    return with_mask_files(found[0], masks), found[1]
+
+
+def few_crops(material: tuple[list[Picture], list[Picture]], shapes: str, seed: int = 0) -> DreamBoothDataset:
+    instances, classes = material
+    how = {"buckets": [(64, 64), (48, 80)]} if shapes == "buckets" else {"class_pictures": classes}
+    return DreamBoothDataset(instances, resolution=64, crops_per_image=3, random_flip=True, seed=seed, **how)
+
+
+@pytest.mark.parametrize("shapes", ["squares", "buckets"])
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+def test_a_row_gets_the_latents_and_weights_of_the_crop_that_it_shows(
+    material, tiny, tmp_path: Path, on_disk: bool, shapes: str
+) -> None:
+    dataset = few_crops(material, shapes)
+    cached = CachedLatents(dataset, tiny.vae, files(tmp_path, tiny.vae) if on_disk else None)
+    encoded = EncodedLatents(dataset, tiny.vae)
+    seen = set()
+    for row in flatten(dataset[draw] for draw in range(120)):
+        assert row.pixels is not None
+        (one,), (other,) = cached.moments([row]), encoded.moments([row])
+        assert torch.equal(one.mean, other.mean) and torch.equal(one.std, other.std)
+        (weights,), (expected,) = cached.loss_weights([row]), encoded.loss_weights([row])
+        assert (weights is None) == row.is_class and (weights is None or torch.equal(weights, expected))
+        seen.add(row.key)
+    assert seen == set(cached.kept) and len(seen) > 15
+    assert (cached.bytes_in_memory == 0) == on_disk
+
+
+@pytest.mark.parametrize("shapes", ["squares", "buckets"])
+def test_another_seed_and_another_process_find_all_crops(material, tiny, tmp_path: Path, shapes: str) -> None:
+    first, again = files(tmp_path, tiny.vae), files(tmp_path, tiny.vae)
+    CachedLatents(few_crops(material, shapes), tiny.vae, first)
+    variants = len(set(few_crops(material, shapes).variants()))
+    assert first.found + first.made == variants and first.made == len(kept(tmp_path))
+    CachedLatents(few_crops(material, shapes, seed=7), tiny.vae, again, rank=1, processes=2)
+    assert (again.found, again.made) == (variants, 0)
+
+
+def test_the_unet_is_told_of_the_crop_that_is_shown(build: Builder) -> None:
+    run = build("lora", center_crop=False, crops_per_image=3, random_flip=True, with_prior_preservation=True)
+    told = set()
+    for step in range(50):
+        rows = flatten(run.parts.dataset.describe(draw) for draw in (2 * step, 2 * step + 1))
+        (batch,) = run.batches(step)
+        for row, ids in zip(rows, batch.conditioning.time_ids.int().tolist(), strict=True):
+            assert tuple(ids) == (*row.original_size, *row.crop_top_left, 64, 64)
+            told.add((row.is_class, row.picture, *ids[2:4]))
+    assert {one[2:] for one in told if one[:2] == (False, 1)} == {(0, 5), (0, 16), (0, 27)}  # of 96 x 64 px
+    assert {one[2:] for one in told if one[:2] == (True, 1)} == {(1, 0), (4, 0), (7, 0)}  # of 64 x 72 px
+
+
 # --- Runs ---
 
 SMALL = {"lora_layers": "to_q", "center_crop": True}
@@ -225,6 +294,34 @@ def test_a_run_on_kept_latents_is_the_run_on_fresh_ones(
     assert snapshot(tmp_path / "cache") == before
 
 
+def test_a_run_on_a_few_crops_resumes_and_another_seed_finds_them(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = {
+        "lora_layers": "to_q",
+        "crops_per_image": 3,
+        "random_flip": True,
+        "with_prior_preservation": True,
+        "class_prompt": "a picture",
+        "class_data_dir": pictures.parent / "class_pictures",
+        "num_class_images": 3,
+    }
+    cache = {"cache_dir_latents": tmp_path / "cache"}
+    whole, _ = in_one_and_in_two(pictures, tmp_path, **flags, **cache)
+    before = snapshot(tmp_path / "cache")
+    assert len(before) == 2 * (1 + 3 + 3 + 1) + 2 * (1 + 3 + 1)
+    for where in ({"cache_latents": False}, {"cache_latents": True}):
+        assert all_equal(lora(whole), train(pictures, tmp_path / f"{where}", **flags, **where))
+
+    def never(*_) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(latents_module, "encode_images", never)
+    train(pictures, tmp_path / "again", seed=1, method="lora", max_train_steps=12, **flags, **cache)
+    assert any("26 found in" in message and "0 encoded" in message for message in caplog.messages)
+    assert snapshot(tmp_path / "cache") == before
+
+
 def test_random_crops_cannot_be_kept(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     argv = words(pictures, tmp_path / "run", cache_dir_latents=tmp_path / "cache", lora_layers="to_q")
     assert "--cache_dir_latents: random crops" in refusal(argv, capsys)
@@ -232,13 +329,14 @@ def test_random_crops_cannot_be_kept(pictures: Path, tmp_path: Path, capsys: pyt
 
 
 @forking
-def test_two_processes_fill_one_cache_between_them(pictures: Path, tmp_path: Path) -> None:
-    flags = {**SMALL, "cache_dir_latents": tmp_path / "cache", "max_train_steps": 2}
+@pytest.mark.parametrize(("crop", "kept"), [({}, 4), ({"center_crop": False, "crops_per_image": 2}, 6)])
+def test_two_processes_fill_one_cache_between_them(crop, kept: int, pictures: Path, tmp_path: Path) -> None:
+    flags = {**SMALL, **crop, "cache_dir_latents": tmp_path / "cache", "max_train_steps": 2}
     one = train(pictures, tmp_path / "one", train_batch_size=2, **flags | {"cache_dir_latents": None})
     argv = words(pictures, tmp_path / "two", **flags)
     children = ranks(2, lambda rank: main(argv), tmp_path)
     assert [child.wait(seconds=120) for child in children] == [0, 0], children[0].log.read_text()
-    assert len(snapshot(tmp_path / "cache")) == 4
+    assert len(snapshot(tmp_path / "cache")) == kept
     assert lora(tmp_path / "two").keys() == one.keys()
     assert summary(tmp_path / "two")["losses"] == pytest.approx(summary(tmp_path / "one")["losses"], rel=1e-4)
     assert os.environ.get("WORLD_SIZE") is None  # that of the children was theirs

@@ -257,8 +257,11 @@ def test_weights_of_one_are_no_weights(build: Builder, edm: bool) -> None:
 
 
 @pytest.mark.parametrize("random_flip", [False, True])
-def test_weights_do_not_depend_on_the_cache(build: Builder, folders: tuple[Path, Path], random_flip: bool) -> None:
-    flags = {"instance_data_dir": str(folders[0]), "mask_dir": str(folders[1]), "random_flip": random_flip}
+@pytest.mark.parametrize("crop", [{"center_crop": True}, {"center_crop": False, "crops_per_image": 3}])
+def test_weights_do_not_depend_on_the_cache(
+    build: Builder, folders: tuple[Path, Path], random_flip: bool, crop: dict[str, Any]
+) -> None:
+    flags = {"instance_data_dir": str(folders[0]), "mask_dir": str(folders[1]), "random_flip": random_flip, **crop}
     cached, encoded = (build("lora", cache_latents=cache, **flags) for cache in (True, False))
     for step in range(3):
         one, other = cached.batches(step)[0], encoded.batches(step)[0]
@@ -273,10 +276,15 @@ def test_rows_of_the_class_count_whole(build: Builder, folders: tuple[Path, Path
         assert (weights[1::2] == 1).all() and (weights[::2] == 0).any()
 
 
-def test_a_mask_that_is_black_in_the_only_crop_is_refused(build: Builder, folders: tuple[Path, Path]) -> None:
+def test_a_mask_that_is_black_in_every_crop_is_refused(build: Builder, folders: tuple[Path, Path]) -> None:
     stripes((96, 64), slice(0, 8)).save(folders[1] / "1.png")
-    with pytest.raises(UserError, match=r"the mask of 1\.png is black all over in the only crop"):
-        build("lora", instance_data_dir=str(folders[0]), mask_dir=str(folders[1]))
+    flags = {"instance_data_dir": str(folders[0]), "mask_dir": str(folders[1])}
+    for crop in ({}, {"center_crop": False, "crops_per_image": 1}):
+        with pytest.raises(UserError, match=r"the mask of 1\.png is black all over in every crop"):
+            build("lora", **flags, **crop)
+    kept = build("lora", **flags, center_crop=False, crops_per_image=3).parts.make_batch.latents.weights
+    seen = {key[2].crop_top_left[1]: bool(weights.any()) for key, (weights,) in kept.items() if key[1] == 1}
+    assert seen == {5: True, 16: False, 27: False}  # one crop that shows something of it is enough
 
 
 def test_workers_bring_masks_too(folders: tuple[Path, Path]) -> None:
@@ -311,9 +319,9 @@ def test_white_masks_change_nothing_and_others_do(folders: tuple[Path, Path], tm
     assert "masked" not in (tmp_path / "plain" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("center_crop", [False, True])
-def test_a_masked_run_resumes_where_it_was(center_crop: bool, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    flags = {"mask_dir": folders[1], "center_crop": center_crop, "random_flip": True, "loss_gap_steps": 2, **SMALL}
+@pytest.mark.parametrize("crop", [{}, {"center_crop": True}, {"crops_per_image": 3}], ids=str)
+def test_a_masked_run_resumes_where_it_was(crop: dict[str, Any], folders: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = {"mask_dir": folders[1], **crop, "random_flip": True, "loss_gap_steps": 2, **SMALL}
     in_one_and_in_two(folders[0], tmp_path, **flags)
 
 

@@ -211,6 +211,8 @@ def test_what_stays_and_what_comes_first():
     assert "VAE" in anew["training step"].holds
     assert "picture encoding in the step" in anew
     assert anew["previews"].may_fail
+    assert phases(center_crop=False, crops_per_image=3) == phases()
+    assert "VAE" in phases(center_crop=False, crops_per_image=3, cache_latents=False)["training step"].holds
     prior = {"with_prior_preservation": True, "class_prompt": "x", "class_data_dir": "nowhere"}
     assert "class pictures" in phases(**prior)
     assert "class pictures" not in phases(**prior, prior_source="base_prediction")
@@ -282,11 +284,13 @@ def test_the_flags_that_help_make_it_fit():
     at_first = estimate(config, torch.float32)
     ways = list(remedies(config, torch.float32, at_first, at_first.needed // 3))
     assert ways[0][0] == "--mixed_precision bf16"
+    assert "--crops_per_image 4" in [flag for flag, _ in remedies(config, torch.float32, at_first, 0)]
     assert [way.needed for _, way in ways] == sorted((way.needed for _, way in ways), reverse=True)
     assert ways[-1][1].needed <= at_first.needed // 3 < ways[-2][1].needed
     smallest = {"base_precision": "nf4", "offload_base": True}
-    lean = config_of(mixed_precision="bf16", gradient_checkpointing=True, train_batch_size=1, **smallest)
-    assert not list(remedies(lean, torch.bfloat16, estimate(lean, torch.bfloat16), 0))
+    for crop in ({}, {"center_crop": False, "crops_per_image": 2}):
+        lean = config_of(mixed_precision="bf16", gradient_checkpointing=True, train_batch_size=1, **smallest, **crop)
+        assert not list(remedies(lean, torch.bfloat16, estimate(lean, torch.bfloat16), 0))
 
 
 @pytest.mark.parametrize("free", [1, 2**40])

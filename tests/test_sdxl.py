@@ -194,12 +194,14 @@ def alive() -> Counter:
     ("flags", "kept"),
     [
         ({}, {}),
+        ({"center_crop": False, "crops_per_image": 2}, {}),
+        ({"center_crop": False}, {"AutoencoderKL": 1}),
         ({"cache_latents": False}, {"AutoencoderKL": 1}),
         ({"validation_prompt": "a cat"}, {}),
         # transformers 5 builds text encoder 2 around a CLIPTextModel of its own.
         ({"train_text_encoder": True}, {"CLIPTextModel": 2, "CLIPTextModelWithProjection": 1}),
     ],
-    ids=["all cached", "latents not cached", "with previews", "text encoders trained"],
+    ids=["all cached", "a few crops", "crops anew", "latents not cached", "with previews", "text encoders trained"],
 )
 def test_what_a_run_does_not_need_any_more_is_freed(build, flags, kept):
     before = alive()

@@ -1,8 +1,8 @@
 """2-> Instance and class (prior) pictures with their captions, and which of them each draw of the run shows.
 
 A draw is the number of an instance row since the run began, over all processes and micro-batches. Everything
-about a row (picture, crop, flip, what is done to its caption) follows from the seed and its draw. So a crop is new each
-time a picture is seen, a resumed run starts at its next draw without saved state, and two processes with
+about a row (picture, crop, flip, what is done to its caption) follows from the seed and its draw. So a crop is drawn
+each time a picture is seen, a resumed run starts at its next draw without saved state, and two processes with
 batch b read the rows of one with batch 2b.
 """
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from bilora_diffusion.data.buckets import BucketOrder, nearest_bucket
 from bilora_diffusion.data.captions import CaptionRule
-from bilora_diffusion.data.images import View, draw_view, render, resize, resized_size
+from bilora_diffusion.data.images import View, crop_corners, draw_view, render, resize, resized_size
 from bilora_diffusion.data.masks import render_mask
 from bilora_diffusion.data.pictures import Picture
 from bilora_diffusion.errors import UserError
@@ -25,8 +25,8 @@ from bilora_diffusion.randomness import generator
 
 __all__ = ["DrawBatches", "DreamBoothDataset", "Row", "Shuffled", "VariantKey", "flatten"]
 
-VariantKey = tuple[bool, int, bool]
-"""(is_class, picture, flipped): names what the model sees of a picture that has one crop; see `Row.key`."""
+VariantKey = tuple[bool, int, View]
+"""(is_class, picture, view): names what the model sees; see `Row.key`."""
 
 _KEPT_BYTES = 256 * 2**20
 """Memory (a process) for pictures already decoded and resized: 60 photos at 1024 px."""
@@ -84,8 +84,8 @@ class Row:
 
     @property
     def key(self) -> VariantKey:
-        """Names its pixels, if the data set is `cacheable`."""
-        return self.is_class, self.picture, self.flipped
+        """Names its pixels."""
+        return self.is_class, self.picture, self.view
 
     @property
     def view(self) -> View:
@@ -109,6 +109,8 @@ class DreamBoothDataset(Dataset[list[Row]]):
             the same; not with class pictures. None: the square.
         batch_size: instance rows in a micro-batch; matters with buckets only.
         center_crop, random_flip, interpolation: see `images.prepare`.
+        crops_per_image: cut each picture at one of so many places, `images.crop_corners`, drawn each time; None:
+            anywhere. Without `center_crop`, which is one place.
         seed: the run's seed.
         repeats: how often an epoch shows each instance picture.
         captions: what is done to the captions of instance rows; unset: nothing.
@@ -125,6 +127,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         class_pictures: Sequence[Picture] | None = None,
         resolution: int,
         center_crop: bool = False,
+        crops_per_image: int | None = None,
         random_flip: bool = False,
         interpolation: str = "lanczos",
         seed: int,
@@ -140,12 +143,14 @@ class DreamBoothDataset(Dataset[list[Row]]):
             raise ValueError("a data set needs at least one instance picture")
         if class_pictures is not None and not class_pictures:
             raise ValueError("prior preservation needs at least one class picture (None: without it)")
+        if center_crop and crops_per_image is not None:
+            raise ValueError("the middle is one crop: give center_crop or crops_per_image")
         if buckets and class_pictures:
             raise ValueError("class pictures are squares: they do not go with buckets")
         self.instances = tuple(instances)
         self.class_pictures = tuple(class_pictures or ())
         self.resolution = resolution
-        self.center_crop = center_crop
+        self.crops = 1 if center_crop else crops_per_image
         self.random_flip = random_flip
         self.interpolation = interpolation
         self.seed = seed
@@ -229,17 +234,17 @@ class DreamBoothDataset(Dataset[list[Row]]):
 
     @property
     def cacheable(self) -> bool:
-        """Each picture has one crop, hence at most two variants (as it is, mirrored) worth keeping as
-        latents.
+        """Each picture has a few crops that do not change, so its variants (each crop, as it is and mirrored) are
+        worth keeping as latents.
         """
-        return self.center_crop or all(
+        return self.crops is not None or all(
             resized_size(picture.size, target) == target
             for is_class, index, picture in self._all_pictures()
             for target in (self.target(is_class, index),)
         )
 
-    def variants(self) -> Iterator[tuple[VariantKey, View]]:
-        """What the rows of a `cacheable` data set can show, each once, under the `Row.key` of those rows.
+    def variants(self) -> Iterator[VariantKey]:
+        """What the rows of a `cacheable` data set can show: each `Row.key` once, those of a picture in a row.
 
         Raises:
             ValueError: the data set is not `cacheable`.
@@ -247,11 +252,9 @@ class DreamBoothDataset(Dataset[list[Row]]):
         if not self.cacheable:
             raise ValueError("crops differ from draw to draw: nothing can be cached")
         for is_class, index, picture in self._all_pictures():
-            view = self._view(
-                picture, self.target(is_class, index), generator(0)
-            )  # of one crop only, so the numbers drawn do not matter
-            for flipped in (False, True) if self.random_flip else (False,):
-                yield (is_class, index, flipped), replace(view, flipped=flipped)
+            corners = crop_corners(picture.size, self.target(is_class, index), self.crops or 1)
+            for corner, flipped in itertools.product(corners, (False, True) if self.random_flip else (False,)):
+                yield is_class, index, View(picture.size, corner, flipped)
 
     def prompts(self) -> list[str]:
         """Every prompt a row can have but those with shuffled tags, each once; with caption dropout "" is one."""
@@ -276,7 +279,7 @@ class DreamBoothDataset(Dataset[list[Row]]):
         return Row(None, *shown, draw, first, target)
 
     def _view(self, picture: Picture, target: tuple[int, int], random: torch.Generator) -> View:
-        return draw_view(picture.size, target, self.center_crop, self.random_flip, random)
+        return draw_view(picture.size, target, self.crops, self.random_flip, random)
 
     def picture(self, is_class: bool, index: int) -> Picture:
         return (self.class_pictures if is_class else self.instances)[index]

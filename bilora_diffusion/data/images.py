@@ -10,6 +10,7 @@ arXiv:2307.01952, section 2.2.
 """
 
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ __all__ = [
     "Resolution",
     "Source",
     "View",
+    "crop_corners",
     "draw_view",
     "image_size",
     "load_alpha",
@@ -186,20 +188,40 @@ def _sides(resolution: Resolution) -> tuple[int, int]:
 
 
 def draw_view(
-    size: tuple[int, int], resolution: Resolution, center_crop: bool, random_flip: bool, generator: torch.Generator
+    size: tuple[int, int], resolution: Resolution, crops: int | None, random_flip: bool, generator: torch.Generator
 ) -> View:
     """Where to cut a picture of (height, width) `size` px, and whether to mirror it first (one time in two).
 
     Always three numbers are drawn (flip, y, x), used or not: switching one option on leaves the others' draws
     as they were.
+
+    Arguments:
+        crops: cut at one of the `crop_corners`, 1 for the middle; None: anywhere. With equal chances.
     """
     flip, *shares = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    spare = [have - need for have, need in zip(resized_size(size, resolution), _sides(resolution), strict=True)]
-    if center_crop:
-        y, x = (round(px / 2) for px in spare)
-    else:
-        y, x = (int(share * (px + 1)) for share, px in zip(shares, spare, strict=True))
+    places = (range(px + 1) if crops is None else _spread(px, crops) for px in _spare(size, resolution))
+    y, x = (some[int(share * len(some))] for share, some in zip(shares, places, strict=True))
     return View(original_size=size, crop_top_left=(y, x), flipped=random_flip and flip < 0.5)
+
+
+def crop_corners(size: tuple[int, int], resolution: Resolution, crops: int) -> list[tuple[int, int]]:
+    """(y, x) in px of the corners of a picture's crops, spread evenly over what there is to crop, each once.
+
+    A picture in its `resized_size` has s px to spare along one side at most. Crop n of N = `crops` leaves the share
+    (n + 1/2) / N of them before it, rounded: for N = 1 the crop is the middle, for N > s they are all there are.
+    Nothing is random: they are the same in every run.
+    """
+    return list(itertools.product(*(_spread(px, crops) for px in _spare(size, resolution))))
+
+
+def _spare(size: tuple[int, int], resolution: Resolution) -> list[int]:
+    """What there is to crop of the height and of the width, in px."""
+    return [have - need for have, need in zip(resized_size(size, resolution), _sides(resolution), strict=True)]
+
+
+def _spread(spare: int, crops: int) -> list[int]:
+    count = min(crops, spare + 1)
+    return list(dict.fromkeys(round((2 * n + 1) * spare / (2 * count)) for n in range(count)))
 
 
 def resize(image: Image.Image, resolution: Resolution, interpolation: str) -> Image.Image:
@@ -246,7 +268,8 @@ def prepare(
         interpolation: one of `INTERPOLATIONS`.
         generator: gives three numbers, whatever the options.
     """
-    view = draw_view((image.height, image.width), resolution, center_crop, random_flip, generator)
+    crops = 1 if center_crop else None
+    view = draw_view((image.height, image.width), resolution, crops, random_flip, generator)
     pixels = render(resize(image, resolution, interpolation), view, resolution)
     return Prepared(pixels, view.original_size, view.crop_top_left, view.flipped)
 

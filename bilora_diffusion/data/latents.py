@@ -1,9 +1,9 @@
-"""Pictures as latents: computed once and kept where every sight of a picture has the same pixels, else in every step.
+"""Pictures as latents: computed once and kept where a picture is seen in a few crops only, else in every step.
 
 What is kept is the VAE's posterior, not a sample of it: each epoch samples anew, with or without the cache.
 """
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from bilora_diffusion.bars import progress_bar
 from bilora_diffusion.data.dreambooth import DreamBoothDataset, Row, VariantKey
-from bilora_diffusion.data.images import View
 from bilora_diffusion.data.latent_files import LatentFiles
 from bilora_diffusion.data.masks import latent_weights
 from bilora_diffusion.data.tensor_file import TensorFile
@@ -55,7 +54,8 @@ class EncodedLatents:
 
 
 class CachedLatents:
-    """The posteriors of all pictures, flipped and not, each encoded once: 0.5 MB of memory each at 1024 px, or on disk.
+    """The posteriors of all pictures, of each crop, flipped and not, each encoded once: 0.5 MB of memory each at
+    1024 px, or on disk.
 
     The VAE is not held: once this exists it can be freed.
 
@@ -76,25 +76,34 @@ class CachedLatents:
         self.files = files
         self.kept: dict[VariantKey, Moments | Path] = {}
         self.weights: MutableMapping[VariantKey, tuple[Tensor, ...]] = {} if files is None else TensorFile(files.folder)
-        pictures = [list(variants) for _, variants in groupby(dataset.variants(), key=lambda variant: variant[0][:2])]
+        pictures = [list(variants) for _, variants in groupby(dataset.variants(), key=lambda key: key[:2])]
         shares = [pictures[(rank + place) % processes :: processes] for place in range(processes)]
         with progress_bar("caching latents", len(pictures), "picture") as bar:
             for variants in chain.from_iterable(shares):
-                for key, view in variants:
-                    self._add(dataset, vae, key, view)
+                for key in variants:
+                    self._add(dataset, vae, key)
+                self._check_some_weight(dataset, variants)
                 dataset.let_go()  # none is shown a second time
                 bar.update()
 
-    def _add(self, dataset: DreamBoothDataset, vae: nn.Module, key: VariantKey, view: View) -> None:
-        encode = partial(_encode, dataset, vae, key, view)
+    def _add(self, dataset: DreamBoothDataset, vae: nn.Module, key: VariantKey) -> None:
+        encode = partial(_encode, dataset, vae, key)
         if self.files is None:
             self.kept[key] = encode()
         else:
-            self.kept[key] = self.files.keep(dataset.picture(*key[:2]), view, dataset.target(*key[:2]), encode)
-        weights = _weights(dataset.mask(*key[:2], view), self.vae_config)
+            self.kept[key] = self.files.keep(dataset.picture(*key[:2]), key[2], dataset.target(*key[:2]), encode)
+        weights = _weights(dataset.mask(*key), self.vae_config)
         if weights is not None:
-            _check_some_weight(weights, dataset, key)
             self.weights[key] = (weights,)
+
+    def _check_some_weight(self, dataset: DreamBoothDataset, variants: Iterable[VariantKey]) -> None:
+        """Raises: UserError: nothing of this picture is ever learnt."""
+        masked = [key for key in variants if key in self.weights]
+        if masked and not any(self.weights[key][0].any() for key in masked):
+            raise UserError(
+                f"the mask of {_name(dataset, masked[0])} is black all over in every crop that is shown of it: crop "
+                "the picture to its subject, or leave --center_crop or --crops_per_image out"
+            )
 
     @property
     def bytes_in_memory(self) -> int:
@@ -110,8 +119,8 @@ class CachedLatents:
         return [self.weights[row.key][0] if row.key in self.weights else None for row in rows]
 
 
-def _encode(dataset: DreamBoothDataset, vae: nn.Module, key: VariantKey, view: View) -> Moments:
-    both = encode_images(vae, dataset.pixels(*key[:2], view)[None])
+def _encode(dataset: DreamBoothDataset, vae: nn.Module, key: VariantKey) -> Moments:
+    both = encode_images(vae, dataset.pixels(*key)[None])
     moments = Moments(both.mean[0].clone(), both.std[0])  # on a CPU the mean is a view of what the variance came from
     _check_finite(moments, dataset, key)
     return moments
@@ -121,15 +130,6 @@ def _weights(mask: Tensor | None, vae_config: Any) -> Tensor | None:
     if mask is None:
         return None
     return latent_weights(mask, 2 ** (len(vae_config.block_out_channels) - 1))
-
-
-def _check_some_weight(weights: Tensor, dataset: DreamBoothDataset, key: VariantKey) -> None:
-    """Raises: UserError: nothing of this picture is ever learnt."""
-    if not weights.any():
-        raise UserError(
-            f"the mask of {_name(dataset, key)} is black all over in the only crop that is shown of it: crop the "
-            "picture to its subject, or leave --center_crop out"
-        )
 
 
 def _check_finite(moment: Moments, dataset: DreamBoothDataset, key: VariantKey) -> None:

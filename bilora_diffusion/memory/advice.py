@@ -82,8 +82,8 @@ def _savings(config: TrainingConfig, dtype: torch.dtype) -> Iterator[tuple[str, 
         yield "--gradient_checkpointing", {"gradient_checkpointing": True}
     if config.with_prior_preservation and not config.prior_from_base:
         yield "--prior_source base_prediction", {"prior_source": "base_prediction"}
-    if not config.center_crop:
-        yield "--center_crop", {"center_crop": True}
+    if not config.center_crop and config.crops_per_image is None:
+        yield "--crops_per_image 4", {"crops_per_image": 4}
     if config.train_batch_size > 1:
         steps = config.gradient_accumulation_steps * config.train_batch_size
         yield (

@@ -169,7 +169,8 @@ class _Run:
     @property
     def _crops_anew(self) -> bool:
         """Whether every step encodes its pictures, as `DreamBoothDataset.cacheable` and --cache_latents say."""
-        return not self.config.center_crop or self.config.cache_latents is False
+        anywhere = not self.config.center_crop and self.config.crops_per_image is None
+        return anywhere or self.config.cache_latents is False
 
     def _size(self, native: int) -> tuple[int, int]:
         """Height and width in px: of --resolution, or of the bucket with most pixels."""
