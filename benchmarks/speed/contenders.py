@@ -87,6 +87,7 @@ def specifications(names: Sequence[str] | None = None, *, compiled: bool = False
     everything += [_own(method, "dropout", lora_dropout=0.5) for method in (BASELINE, "bilora")]
     everything += [_own(method, "peft's forward", fused=False) for method in (BASELINE, "bilora")]
     everything += [_own(BASELINE, "dropout, peft's forward", fused=False, lora_dropout=0.5)]
+    everything += [_own(BASELINE, "channels last", channels_last=True)]
     everything += [
         Specification("stock", {"vae": "every step"}, lambda setting: Stock(setting, encodes=True)),
         Specification("stock, latents kept", {"vae": "never"}, lambda setting: Stock(setting, encodes=False)),
