@@ -5,7 +5,7 @@ torch's optimiser in its forms and over one flat buffer, in turn. Writes every s
 benchmarks/results/optimizers_DEVICE.json, and optimizers.md from all such files.
 
 The tensors have the shapes of the trainer's default adapters on SDXL's UNet, once (LoRA) and twice (Bi-LoRA), and
-random values. Takes half a minute on a CPU, on one thread of it.
+random values. Takes a minute or two on one thread of a CPU.
 """
 
 import argparse
@@ -21,6 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.recording import RESULTS, circumstances, rounded
+from bilora_diffusion.adapters import PRIMARY, UNET, add_adapter, parameters_of
+from bilora_diffusion.bases import Base
+from bilora_diffusion.bases.single_file import SDXL_CONFIG
+from bilora_diffusion.memory.parts import build_part
+from bilora_diffusion.memory.simulation import META
 
 __all__ = ["FORMS", "Update", "lora_shapes", "main", "table"]
 
@@ -130,10 +135,6 @@ def lora_shapes(config: Mapping[str, Any], rank: int) -> list[torch.Size]:
     Arguments:
         config: a UNet's config.json.
     """
-    from bilora_diffusion.adapters import PRIMARY, UNET, add_adapter, parameters_of
-    from bilora_diffusion.memory.parts import build_part
-    from bilora_diffusion.memory.simulation import META
-
     unet = build_part(UNET, dict(config), torch.float32)
     with META:
         add_adapter(UNET, unet, PRIMARY, rank=rank, scale=1.0, init="gaussian", seed=0)
@@ -141,12 +142,10 @@ def lora_shapes(config: Mapping[str, Any], rank: int) -> list[torch.Size]:
 
 
 def _measure(arguments: argparse.Namespace) -> Path:
-    from bilora_diffusion.bases import Base
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
-    shapes = lora_shapes(_unet_config(arguments.base, Base), arguments.rank)
+    shapes = lora_shapes(_unet_config(arguments.base), arguments.rank)
     draw = torch.Generator().manual_seed(0)
     samples = []
     for count in (1, 2):
@@ -184,12 +183,10 @@ def _measure(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def _unet_config(base: str, kind: type) -> Mapping[str, Any]:
-    from bilora_diffusion.bases.single_file import SDXL_CONFIG
-
+def _unet_config(base: str) -> Mapping[str, Any]:
     if base == "sdxl":
         return json.loads((SDXL_CONFIG / "unet" / "config.json").read_text())
-    return kind(base).configurations("unet")["unet"]
+    return Base(base).configurations("unet")["unet"]
 
 
 def _sample(update: Update, gradients: list[list[Tensor]], device: torch.device) -> tuple[float, float, float]:
