@@ -8,24 +8,25 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import measuring
 from benchmarks.speed.bases import SharedBase
-from benchmarks.speed.contenders import BASELINE, Setting, Specification, specifications
-from benchmarks.speed.measuring import NEIGHBOURS, OperationCounter, Runner, in_rounds, prepare
+from benchmarks.speed.contenders import BASELINE, FULL_SIZE, Setting, Specification, specifications
+from benchmarks.speed.measuring import NEIGHBOURS, Runner, StepCounter, in_rounds, prepare
 from benchmarks.speed.report import ratio_to_baseline, table
 from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.memory.counting import StorageCounter
+from bilora_diffusion.fused import unfuse
 from bilora_diffusion.method_names import METHOD_NAMES
 
 CPU = torch.device("cpu")
 
 
 def counted(runner: Runner) -> dict:
-    with StorageCounter(CPU) as memory:
-        return measuring._counted(runner, memory)
+    with StepCounter(CPU) as counter:
+        return measuring._counted(runner, counter)
 
 
 def content(samples: dict[str, list[tuple[int, int, float]]]) -> dict:
@@ -89,6 +90,8 @@ def test_every_method_and_both_stock_recipes_are_measured():
     names = [one.name for one in specifications()]
     assert set(METHOD_NAMES) | {"stock", "stock, latents kept"} <= set(names) and len(set(names)) == len(names)
     assert [one.name for one in specifications(["nbar"])] == [BASELINE, "nbar"]
+    assert [one.name for one in specifications(FULL_SIZE)][:2] == [BASELINE, "bilora"]
+    assert len(list(specifications(FULL_SIZE))) == len(FULL_SIZE) < len(names)
     compiled = list(specifications(["bilora", "stock"], compiled=True))
     assert [one.name for one in compiled] == [BASELINE, "bilora", "stock", "lora, compiled", "bilora, compiled"]
     assert [one.flags.get("compile", False) for one in compiled] == [False, False, False, True, True]
@@ -140,12 +143,25 @@ def test_products_in_place_are_counted():
 
 def test_operations_are_counted_without_views():
     one = torch.randn(4, 4, requires_grad=True)
-    with OperationCounter() as counter:
+    with StepCounter(CPU) as counter:
         y = (one.T @ one.detach()).view(16)[:8].exp()  # a product and an exponential
-        assert counter.count == 2
+        assert counter.operations == 2
         y.sum().backward()
-    assert counter.count > 5
+    assert counter.operations > 5
     assert counted(Runner("products", Products(8), CPU))["operations"] >= 6
+
+
+def test_products_are_counted_as_torch_counts_them(build):
+    """Attention and convolutions among them; in a layer without adapters there is no product in place."""
+    run = build("lora")
+    unet = run.parts.models["unet"]
+    unfuse(unet)
+    run.train(1)
+    with StepCounter(CPU) as ours:
+        run.train(1, start=1)
+    with FlopCounterMode(display=False) as theirs:
+        run.train(1, start=1)
+    assert ours.flops == theirs.get_total_flops() > 1e6
 
 
 class Kept:

@@ -23,7 +23,7 @@ from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.processes import on_host
 from bilora_diffusion.randomness import generator
 
-__all__ = ["BASELINE", "Contender", "Setting", "Specification", "specifications", "write_pictures"]
+__all__ = ["BASELINE", "FULL_SIZE", "Contender", "Setting", "Specification", "specifications", "write_pictures"]
 
 BASELINE = "lora"
 RANK, RATE = 4, 1e-4
@@ -77,6 +77,14 @@ class Specification:
     name: str
     flags: dict[str, Any]
     build: Callable[[Setting], Contender] = field(repr=False)
+
+
+FULL_SIZE = (
+    *(BASELINE, "bilora", "bilora-fresh", "bilora-echo", "flat-lora", "lora-sam", "nbar"),
+    *("lora, peft's forward", "bilora, peft's forward", "lora, channels last", "stock", "stock, latents kept"),
+)
+"""Those that are measured on SDXL if nothing else is asked for: each costs minutes on a CPU, and on a GPU seconds
+until its layers have their adapters."""
 
 
 def specifications(names: Sequence[str] | None = None, *, compiled: bool = False) -> Iterator[Specification]:

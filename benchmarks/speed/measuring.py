@@ -3,21 +3,20 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.speed.contenders import BASELINE, Contender, Setting, Specification
 from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.memory.counting import StorageCounter
 
-__all__ = ["OperationCounter", "Sample", "base_tensors", "in_rounds", "matmul_flops_per_second", "prepare"]
+__all__ = ["Sample", "StepCounter", "base_tensors", "in_rounds", "matmul_flops_per_second", "prepare"]
 
 WATCHED = 2
 NEIGHBOURS = 3
@@ -85,15 +84,16 @@ def prepare(
     for specification in wanted:
         before = torch.cuda.memory_allocated() if on_cuda else 0
         began = time.perf_counter()
-        with StorageCounter(setting.device, setting.base.tensors()) as memory:
+        with StepCounter(setting.device, setting.base.tensors()) as counter:
             runner = Runner(specification.name, specification.build(setting), setting.device)
             assembled = time.perf_counter() - began
             # Where a contender lays the base's weights out in its own way, a run has them in place of the others.
-            memory.leave_out(base_tensors(runner.contender.unet))
+            counter.leave_out(base_tensors(runner.contender.unet))
             with uncompiled():
                 runner.cycle()  # not like the others: optimisers allocate their state
-            found = _counted(runner, memory)
-        runner.cycle()  # what --compile makes is made in the first steps
+            found = _counted(runner, counter)
+        if specification.flags.get("compile"):
+            runner.cycle()  # the programs are made in the first steps
         found |= {"peak_memory_bytes": None, "kernels": None}
         if on_cuda:
             own = torch.cuda.memory_allocated() - before
@@ -168,60 +168,67 @@ def _kernels(runner: Runner) -> float:
     return len(kernels) / runner.contender.cycle
 
 
-def _counted(runner: Runner, memory: StorageCounter) -> dict[str, float | int]:
-    """Of the steps of one cycle, as they are written: a counter cannot look into a program.
+class StepCounter(StorageCounter):
+    """Counts bytes, operations and the work of products, all in one: on a full-size step each counter takes seconds.
 
-    Arguments:
-        memory: on already, since before what is to be counted was made.
-
-    Returns:
-        `flops` of the matrix products and convolutions of a step, `operations` that it asks the device for,
-        `counted_bytes`: the most that there was at once.
-    """
-
-    def in_place(_, one: torch.Size, other: torch.Size, **__: Any) -> int:  # the counter knows the product that is not
-        return 2 * one[0] * one[1] * other[1]
-
-    products = {torch.ops.aten.addmm_: in_place}
-    memory.restart()
-    with (
-        uncompiled(),
-        FlopCounterMode(display=False, custom_mapping=products) as flops,
-        OperationCounter() as operations,  # the last, so it comes first: the one for flops takes operations apart
-    ):
-        runner.cycle()
-    count = runner.contender.cycle
-    return {
-        "flops": flops.get_total_flops() / count,
-        "operations": operations.count / count,
-        "counted_bytes": memory.peak,
-    }
-
-
-class OperationCounter(TorchDispatchMode):
-    """Counts torch's operations that compute something: no views, and nothing that only reserves memory.
-
-    On a GPU each is at least one kernel, which the host has to launch; the same on every device, but for optimisers,
-    which take all tensors in one operation on some. In several threads only what its own thread asks for, with the
-    backward passes that it starts.
+    Operations are torch's that compute something: no views, and nothing that only reserves memory. On a GPU each is at
+    least one kernel, which the host has to launch; the same on every device, but for optimisers, which take all tensors
+    in one operation on some. In several threads only what its own thread asks for, with the backward passes that it
+    starts.
 
     Attributes:
-        count: so far.
+        operations, flops: since `restart`, the latter of matrix products, convolutions and attention.
     """
 
     NOTHING = frozenset(
         {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "new_empty_strided", "promote_types"}
     )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    def __init__(self, device: torch.device, known: Iterable[Tensor] = ()) -> None:
+        super().__init__(device, known)
+        self.operations = self.flops = 0
+
+    def restart(self) -> None:
+        super().restart()
+        self.operations = self.flops = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.count += not (function.is_view or function.overloadpacket.__name__ in self.NOTHING)
-        return function(*args, **(kwargs or {}))
+        result = self.seen(function(*args, **(kwargs or {})))
+        kind = function.overloadpacket
+        self.operations += not (function.is_view or kind.__name__ in self.NOTHING)
+        if kind in PRODUCTS:
+            self.flops += PRODUCTS[kind](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _product_in_place(_: Any, one: Tensor, other: Tensor, **__: Any) -> int:
+    return 2 * one.shape[0] * one.shape[1] * other.shape[1]
+
+
+PRODUCTS = flop_registry | {torch.ops.aten.addmm_: _product_in_place}
+"""What torch's own counter knows, and the product that it does not."""
+
+
+def _counted(runner: Runner, counter: StepCounter) -> dict[str, float | int]:
+    """Of the steps of one cycle, as they are written: a counter cannot look into a program.
+
+    Arguments:
+        counter: on already, since before what is to be counted was made.
+
+    Returns:
+        `flops` and `operations` of a step, `counted_bytes`: the most that there was at once.
+    """
+    counter.restart()
+    with uncompiled():
+        runner.cycle()
+    count = runner.contender.cycle
+    return {
+        "flops": counter.flops / count,
+        "operations": counter.operations / count,
+        "counted_bytes": counter.peak,
+    }
 
 
 def _outside_unet(runner: Runner) -> float:
