@@ -25,6 +25,7 @@ from bilora_diffusion.base_precision import precisions, store_base
 from bilora_diffusion.base_prediction import check_prior_prompt
 from bilora_diffusion.bases import Base
 from bilora_diffusion.batches import BatchMaker, TrainingMicroBatch
+from bilora_diffusion.channels_last import lay_channels_last
 from bilora_diffusion.compilation import compile_blocks
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.buckets import make_buckets
@@ -460,6 +461,8 @@ def _load_unet(config: TrainingConfig, machine: Machine, base: Base) -> nn.Modul
     read_as, _ = precisions(config.base_precision, machine.dtype)
     unet = base.load("unet", dtype=read_as).unet.requires_grad_(False)
     _place(config, machine, UNET, unet)
+    if config.channels_last:
+        lay_channels_last(unet)
     if config.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()

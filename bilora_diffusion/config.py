@@ -651,6 +651,13 @@ class TrainingConfig:
         origin="bilora",
     )
     allow_tf32: bool = flag(False, "allow TF32 matrix products: faster on Ampere and newer", group=MACHINE)
+    channels_last: bool = flag(
+        False,
+        "lay the weights of the UNet's convolutions out with the channels last, and compute so: faster on some devices "
+        "and models and slower on others, not measured on a GPU (docs/methods.md)",
+        group=MACHINE,
+        origin="bilora",
+    )
     compile: bool = flag(
         False,
         "compile the transformer blocks with torch.compile, which takes a minute or more at the start "

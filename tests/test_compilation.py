@@ -84,6 +84,10 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {
 RARER = ("flat-lora", "bilora-fresh")
 
 
+def test_a_base_with_its_channels_last(build):
+    assert_same_courses(build, "lora", channels_last=True)
+
+
 @pytest.mark.parametrize("method", [pytest.param(one, marks=[pytest.mark.slow] * (one in RARER)) for one in METHODS])
 def test_the_plain_runs_weights_and_no_program_after_the_first_steps(method, build):
     """Though the auxiliary is switched off and on in between, for the loss gap and for a preview."""

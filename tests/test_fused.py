@@ -12,7 +12,7 @@ from tiny_run import all_equal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.speed.measuring import OperationCounter
+from benchmarks.speed.measuring import StepCounter
 from bilora_diffusion import fused
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, adapted_layers, auxiliary_off
 from bilora_diffusion.base_prediction import only_base
@@ -439,16 +439,16 @@ def test_an_auxiliary_asks_for_few_operations_more(build, precision, flags):
         layers = sum(1 for _ in adapted_layers(run.parts.models["unet"]))
         run.train(2)
         (micro_batch,) = run.micro_batches(2)
-        with OperationCounter() as counter:
+        with StepCounter(torch.device("cpu")) as counter:
             micro_batch.add_gradient()
-        counts[method] = counter.count
+        counts[method] = counter.operations
     assert 0 < counts["bilora"] - counts["lora"] < layers
     run = build("lora", precision, lora_layers=None, **flags)
     run.parts.trainer.factors = None
     (micro_batch,) = run.micro_batches()
-    with OperationCounter() as counter:
+    with StepCounter(torch.device("cpu")) as counter:
         micro_batch.add_gradient()
-    saved = counter.count - counts["lora"]
+    saved = counter.operations - counts["lora"]
     assert saved > 3 * layers if precision == "bf16" else saved == 0
 
 

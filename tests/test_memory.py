@@ -21,9 +21,10 @@ from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.memory import advice
 from bilora_diffusion.memory.__main__ import main
 from bilora_diffusion.memory.advice import check_memory, remedies
+from bilora_diffusion.memory.counting import rounded
 from bilora_diffusion.memory.estimate import GB, estimate
 from bilora_diffusion.memory.parts import build_part, frozen_bytes
-from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic, rounded
+from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic
 from bilora_diffusion.memory.step import simulate_step
 from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.stored_linear import StoredLinear

@@ -27,7 +27,7 @@ from bilora_diffusion.adapters import PRIMARY, parameters_of
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.embedded import icons
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.memory.simulation import BLOCK_BYTES
+from bilora_diffusion.memory.counting import BLOCK_BYTES
 from bilora_diffusion.method_names import METHOD_NAMES
 
 

@@ -3,24 +3,36 @@
 import itertools
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import measuring
 from benchmarks.speed.bases import SharedBase
-from benchmarks.speed.contenders import BASELINE, specifications
-from benchmarks.speed.measuring import NEIGHBOURS, OperationCounter, Runner, in_rounds
+from benchmarks.speed.contenders import BASELINE, FULL_SIZE, Setting, Specification, specifications
+from benchmarks.speed.measuring import NEIGHBOURS, Runner, StepCounter, in_rounds, prepare
 from benchmarks.speed.report import ratio_to_baseline, table
+from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.fused import unfuse
 from bilora_diffusion.method_names import METHOD_NAMES
+
+CPU = torch.device("cpu")
+
+
+def counted(runner: Runner) -> dict:
+    with StepCounter(CPU) as counter:
+        return measuring._counted(runner, counter)
 
 
 def content(samples: dict[str, list[tuple[int, int, float]]]) -> dict:
     """A measurement on a CPU with (round, place, CPU seconds) of each contender."""
-    facts = {"flops": 1e9, "operations": 1234.0, "outside_unet": 0.1, "peak_memory_bytes": None, "kernels": None}
+    facts = {"flops": 1e9, "operations": 1234.0, "counted_bytes": 5 * 2**19, "outside_unet": 0.1}
+    facts |= {"peak_memory_bytes": None, "kernels": None}
     return {
         "configuration": {
             "model": "tiny",
@@ -64,13 +76,22 @@ def test_the_interval_covers_the_truth_and_shrinks():
 def test_the_table_says_what_is_pending():
     measured = content({BASELINE: [(0, 0, 1.0), (0, 2, 1.0)], "bilora": [(0, 1, 1.02)]})
     (row,) = (line for line in table([measured]).splitlines() if line.startswith("| bilora"))
-    assert row == "| bilora | 1.02 | 1.020 (1.020 to 1.020) | 10.0% | 10% | 1,234 | pending | pending |"
+    assert row == "| bilora | 1.02 | 1.020 (1.020 to 1.020) | 10.0% | 10% | 1,234 | 2.5 MiB | pending | pending |"
+
+
+def test_a_file_of_before_memory_was_counted_still_has_its_row():
+    measured = content({BASELINE: [(0, 0, 1.0), (0, 2, 1.0)]})
+    del measured["contenders"][BASELINE]["counted_bytes"]
+    (row,) = (line for line in table([measured]).splitlines() if line.startswith("| lora"))
+    assert row == "| lora | 1 | 1 | 10.0% | 10% | 1,234 | - | pending | pending |"
 
 
 def test_every_method_and_both_stock_recipes_are_measured():
     names = [one.name for one in specifications()]
     assert set(METHOD_NAMES) | {"stock", "stock, latents kept"} <= set(names) and len(set(names)) == len(names)
     assert [one.name for one in specifications(["nbar"])] == [BASELINE, "nbar"]
+    assert [one.name for one in specifications(FULL_SIZE)][:2] == [BASELINE, "bilora"]
+    assert len(list(specifications(FULL_SIZE))) == len(FULL_SIZE) < len(names)
     compiled = list(specifications(["bilora", "stock"], compiled=True))
     assert [one.name for one in compiled] == [BASELINE, "bilora", "stock", "lora, compiled", "bilora, compiled"]
     assert [one.flags.get("compile", False) for one in compiled] == [False, False, False, True, True]
@@ -107,8 +128,8 @@ class _Twice(nn.Module):
 
 
 def test_the_instruments_on_known_work():
-    runner = Runner("products", Products(256), torch.device("cpu"))
-    assert measuring._flops(runner) == 6 * 2 * 256**3
+    runner = Runner("products", Products(256), CPU)
+    assert counted(runner)["flops"] == 6 * 2 * 256**3
     assert 0.3 < measuring._outside_unet(runner) < 0.7  # half of it by count
     reached = measuring.matmul_flops_per_second(torch.device("cpu"), torch.float32)
     assert 1e9 < reached["flops_per_second"] < 1e13
@@ -117,17 +138,74 @@ def test_the_instruments_on_known_work():
 def test_products_in_place_are_counted():
     contender = Products(8)
     contender.step = lambda number: torch.zeros(4, 6).addmm_(torch.ones(4, 5), torch.ones(5, 6)).sum().item()
-    assert measuring._flops(Runner("in place", contender, torch.device("cpu"))) == 2 * 4 * 5 * 6
+    assert counted(Runner("in place", contender, CPU))["flops"] == 2 * 4 * 5 * 6
 
 
 def test_operations_are_counted_without_views():
     one = torch.randn(4, 4, requires_grad=True)
-    with OperationCounter() as counter:
+    with StepCounter(CPU) as counter:
         y = (one.T @ one.detach()).view(16)[:8].exp()  # a product and an exponential
-        assert counter.count == 2
+        assert counter.operations == 2
         y.sum().backward()
-    assert counter.count > 5
-    assert measuring._operations(Runner("products", Products(8), torch.device("cpu"))) >= 6
+    assert counter.operations > 5
+    assert counted(Runner("products", Products(8), CPU))["operations"] >= 6
+
+
+def test_products_are_counted_as_torch_counts_them(build):
+    """Attention and convolutions among them; in a layer without adapters there is no product in place."""
+    run = build("lora")
+    unet = run.parts.models["unet"]
+    unfuse(unet)
+    run.train(1)
+    with StepCounter(CPU) as ours:
+        run.train(1, start=1)
+    with FlopCounterMode(display=False) as theirs:
+        run.train(1, start=1)
+    assert ours.flops == theirs.get_total_flops() > 1e6
+
+
+class Kept:
+    """Is built with an adapter, allocates a moment in the first step; a step makes a product and its gradient.
+
+    Arguments:
+        base: frozen, (side, side).
+    """
+
+    cycle = 1
+
+    def __init__(self, base: torch.Tensor) -> None:
+        self.unet = nn.Module()
+        self.unet.weight = nn.Parameter(base, requires_grad=False)
+        self.unet.layer = nn.Module()
+        self.unet.layer.lora_A = nn.Parameter(torch.ones(4, len(base)))
+        self.moment: torch.Tensor | None = None
+
+    def step(self, number: int) -> float:
+        factor = self.unet.layer.lora_A
+        if self.moment is None:
+            self.moment = torch.zeros_like(factor)
+        y = factor @ self.unet.weight.mT  # (4, side)
+        z = y.exp()  # keeps its output
+        del y
+        z.backward(torch.ones_like(z))
+        del z
+        factor.grad = None
+        return 0.0
+
+
+def test_memory_is_counted_as_one_adds_it_up_by_hand():
+    """Without the base; adapter and moment stay; of the step, at most four more of their size are there at once."""
+    side = 1024
+    size = 4 * side * 4
+    pipeline = build_tiny_random()
+    setting = Setting(SharedBase(pipeline), CPU, torch.float32, 64, 1, False, Path())
+    base = torch.ones(side, side)
+    specification = Specification("kept", {}, lambda _: Kept(base.clone()))  # made while it counts, and not counted
+    with mock.patch.object(measuring, "_outside_unet", lambda _: 0.0):
+        _, facts = prepare([specification], setting, lambda _: None)
+    # At the end of the backward pass z, the gradient given for it, that of y, and the adapter's.
+    assert facts["kept"]["counted_bytes"] == 2 * size + 4 * size
+    assert facts["kept"]["flops"] == 2 * 2 * 4 * side**2
 
 
 def test_the_baseline_is_never_far():
@@ -171,6 +249,7 @@ def test_it_measures(tmp_path: Path, capsys):
         found = measured["contenders"][name]
         assert len(found["samples"]) == (6 if name == BASELINE else 3)
         assert all(min(seconds, cpu) > 0 for _, _, seconds, cpu in found["samples"])
+        assert found["counted_bytes"] > 1e5
         assert 0 < found["outside_unet"] < 1 and found["kernels"] is found["peak_memory_bytes"] is None
     flops = {name: found["flops"] for name, found in measured["contenders"].items()}
     assert 1 < flops["bilora"] / flops[BASELINE] < 1.1 < flops["stock"] / flops[BASELINE] < 3  # the VAE's

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from bilora_diffusion.bases import PARTS, Base
@@ -49,6 +49,12 @@ class SharedBase:
                 wanted = dtype if tensor.is_floating_point() and part != "vae" else tensor.dtype
                 tensor.data = tensor.data.to(device, wanted)
         return cls(pipeline)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of its weights and buffers, which the contenders share."""
+        for part in PARTS:
+            module = getattr(self.pipeline, part)
+            yield from (*module.parameters(), *module.buffers())
 
     @contextmanager
     def in_place_of_files(self) -> Iterator[None]:

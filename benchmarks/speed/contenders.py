@@ -22,7 +22,7 @@ from bilora_diffusion.fused import unfuse
 from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.randomness import generator
 
-__all__ = ["BASELINE", "Contender", "Setting", "Specification", "specifications", "write_pictures"]
+__all__ = ["BASELINE", "FULL_SIZE", "Contender", "Setting", "Specification", "specifications", "write_pictures"]
 
 BASELINE = "lora"
 RANK, RATE = 4, 1e-4
@@ -78,6 +78,14 @@ class Specification:
     build: Callable[[Setting], Contender] = field(repr=False)
 
 
+FULL_SIZE = (
+    *(BASELINE, "bilora", "bilora-fresh", "bilora-echo", "flat-lora", "lora-sam", "nbar"),
+    *("lora, peft's forward", "bilora, peft's forward", "lora, channels last", "stock", "stock, latents kept"),
+)
+"""Those that are measured on SDXL if nothing else is asked for: each costs minutes on a CPU, and on a GPU seconds
+until its layers have their adapters."""
+
+
 def specifications(names: Sequence[str] | None = None, *, compiled: bool = False) -> Iterator[Specification]:
     """All of them, or those of some names and the baseline; each method also compiled, if asked for."""
     everything = [_own(BASELINE)]
@@ -86,6 +94,7 @@ def specifications(names: Sequence[str] | None = None, *, compiled: bool = False
     everything += [_own(method, "dropout", lora_dropout=0.5) for method in (BASELINE, "bilora")]
     everything += [_own(method, "peft's forward", fused=False) for method in (BASELINE, "bilora")]
     everything += [_own(BASELINE, "dropout, peft's forward", fused=False, lora_dropout=0.5)]
+    everything += [_own(BASELINE, "channels last", channels_last=True)]
     everything += [
         Specification("stock", {"vae": "every step"}, lambda setting: Stock(setting, encodes=True)),
         Specification("stock, latents kept", {"vae": "never"}, lambda setting: Stock(setting, encodes=False)),

@@ -3,20 +3,20 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.speed.contenders import BASELINE, Contender, Setting, Specification
 from bilora_diffusion.compilation import uncompiled
+from bilora_diffusion.memory.counting import StorageCounter
 
-__all__ = ["OperationCounter", "Sample", "in_rounds", "matmul_flops_per_second", "prepare"]
+__all__ = ["Sample", "StepCounter", "base_tensors", "in_rounds", "matmul_flops_per_second", "prepare"]
 
 WATCHED = 2
 NEIGHBOURS = 3
@@ -53,11 +53,15 @@ class Runner:
         self.contender.step(self.taken)
         self.taken += 1
 
+    def cycle(self) -> None:
+        """So many steps that all its kinds of them are among them."""
+        for _ in range(self.contender.cycle):
+            self.step()
+
     def sample(self, number: int, place: int) -> Sample:
         _wait(self.device)
         began, cpu = time.perf_counter(), time.process_time()
-        for _ in range(self.contender.cycle):
-            self.step()
+        self.cycle()
         _wait(self.device)
         cycle = self.contender.cycle
         taken = Sample(number, place, (time.perf_counter() - began) / cycle, (time.process_time() - cpu) / cycle)
@@ -71,26 +75,39 @@ def prepare(
     """Builds all contenders, warms them up and looks at each by itself.
 
     Returns:
-        the contenders, and for each name what does not need repeating: `flops`, `operations`, `outside_unet`, and on
-        CUDA `kernels` and `peak_memory_bytes` (None elsewhere).
+        the contenders, and for each name what does not need repeating: `flops`, `operations`, `counted_bytes`,
+        `outside_unet`, and on CUDA `kernels` and `peak_memory_bytes` (None elsewhere).
     """
     runners, facts = [], {}
     on_cuda = setting.device.type == "cuda"
     shared = torch.cuda.memory_allocated() if on_cuda else 0
     for specification in wanted:
         before = torch.cuda.memory_allocated() if on_cuda else 0
-        runner = Runner(specification.name, specification.build(setting), setting.device)
-        flops = _flops(runner)  # the first steps, which are not like the others: optimisers allocate their state
-        _compile(runner)
-        found: dict[str, Any] = {"peak_memory_bytes": None, "kernels": None}
+        began = time.perf_counter()
+        with StepCounter(setting.device, setting.base.tensors()) as counter:
+            runner = Runner(specification.name, specification.build(setting), setting.device)
+            assembled = time.perf_counter() - began
+            # Where a contender lays the base's weights out in its own way, a run has them in place of the others.
+            counter.leave_out(base_tensors(runner.contender.unet))
+            with uncompiled():
+                runner.cycle()  # not like the others: optimisers allocate their state
+            found = _counted(runner, counter)
+        if specification.flags.get("compile"):
+            runner.cycle()  # the programs are made in the first steps
+        found |= {"peak_memory_bytes": None, "kernels": None}
         if on_cuda:
             own = torch.cuda.memory_allocated() - before
-            found = {"peak_memory_bytes": shared + own + _rise(runner), "kernels": _kernels(runner)}
-        found |= {"flops": flops, "operations": _operations(runner), "outside_unet": _outside_unet(runner)}
-        facts[runner.name] = found
+            found |= {"peak_memory_bytes": shared + own + _rise(runner), "kernels": _kernels(runner)}
+        facts[runner.name] = found | {"outside_unet": _outside_unet(runner)}
         runners.append(runner)
-        say(f"{runner.name} is ready")
+        say(f"{runner.name} is ready, assembled in {assembled:.1f} s")
     return runners, facts
+
+
+def base_tensors(unet: nn.Module) -> Iterator[Tensor]:
+    """All but the adapters'."""
+    yield from (parameter for name, parameter in unet.named_parameters() if ".lora_" not in name)
+    yield from unet.buffers()
 
 
 def in_rounds(runners: Sequence[Runner], enough: Callable[[int], bool], say: Callable[[str], None]) -> None:
@@ -130,8 +147,7 @@ def _rise(runner: Runner) -> int:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(runner.contender.cycle):
-        runner.step()
+    runner.cycle()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -140,8 +156,7 @@ def _kernels(runner: Runner) -> float:
     """Kernels that a step launches, copies and fills left out."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(runner.contender.cycle):
-            runner.step()
+        runner.cycle()
         torch.cuda.synchronize()
     kernels = [
         event
@@ -153,57 +168,67 @@ def _kernels(runner: Runner) -> float:
     return len(kernels) / runner.contender.cycle
 
 
-def _compile(runner: Runner) -> None:
-    """What --compile makes is made in the first steps."""
-    for _ in range(runner.contender.cycle):
-        runner.step()
+class StepCounter(StorageCounter):
+    """Counts bytes, operations and the work of products, all in one: on a full-size step each counter takes seconds.
 
-
-def _flops(runner: Runner) -> float:
-    """Of the matrix products and convolutions of a step, as it is written: a counter cannot look into a program."""
-
-    def in_place(_, one: torch.Size, other: torch.Size, **__) -> int:  # the counter knows the product that is not
-        return 2 * one[0] * one[1] * other[1]
-
-    products = {torch.ops.aten.addmm_: in_place}
-    with uncompiled(), FlopCounterMode(display=False, custom_mapping=products) as counter:
-        for _ in range(runner.contender.cycle):
-            runner.step()
-    return counter.get_total_flops() / runner.contender.cycle
-
-
-def _operations(runner: Runner) -> float:
-    """That a step asks the device for, as it is written."""
-    with uncompiled(), OperationCounter() as counter:
-        for _ in range(runner.contender.cycle):
-            runner.step()
-    return counter.count / runner.contender.cycle
-
-
-class OperationCounter(TorchDispatchMode):
-    """Counts torch's operations that compute something: no views, and nothing that only reserves memory.
-
-    On a GPU each is at least one kernel, which the host has to launch; the same on every device, but for optimisers,
-    which take all tensors in one operation on some. In several threads only what its own thread asks for, with the
-    backward passes that it starts.
+    Operations are torch's that compute something: no views, and nothing that only reserves memory. On a GPU each is at
+    least one kernel, which the host has to launch; the same on every device, but for optimisers, which take all tensors
+    in one operation on some. In several threads only what its own thread asks for, with the backward passes that it
+    starts.
 
     Attributes:
-        count: so far.
+        operations, flops: since `restart`, the latter of matrix products, convolutions and attention.
     """
 
     NOTHING = frozenset(
         {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "new_empty_strided", "promote_types"}
     )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    def __init__(self, device: torch.device, known: Iterable[Tensor] = ()) -> None:
+        super().__init__(device, known)
+        self.operations = self.flops = 0
+
+    def restart(self) -> None:
+        super().restart()
+        self.operations = self.flops = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.count += not (function.is_view or function.overloadpacket.__name__ in self.NOTHING)
-        return function(*args, **(kwargs or {}))
+        result = self.seen(function(*args, **(kwargs or {})))
+        kind = function.overloadpacket
+        self.operations += not (function.is_view or kind.__name__ in self.NOTHING)
+        if kind in PRODUCTS:
+            self.flops += PRODUCTS[kind](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _product_in_place(_: Any, one: Tensor, other: Tensor, **__: Any) -> int:
+    return 2 * one.shape[0] * one.shape[1] * other.shape[1]
+
+
+PRODUCTS = flop_registry | {torch.ops.aten.addmm_: _product_in_place}
+"""What torch's own counter knows, and the product that it does not."""
+
+
+def _counted(runner: Runner, counter: StepCounter) -> dict[str, float | int]:
+    """Of the steps of one cycle, as they are written: a counter cannot look into a program.
+
+    Arguments:
+        counter: on already, since before what is to be counted was made.
+
+    Returns:
+        `flops` and `operations` of a step, `counted_bytes`: the most that there was at once.
+    """
+    counter.restart()
+    with uncompiled():
+        runner.cycle()
+    count = runner.contender.cycle
+    return {
+        "flops": counter.flops / count,
+        "operations": counter.operations / count,
+        "counted_bytes": counter.peak,
+    }
 
 
 def _outside_unet(runner: Runner) -> float:
@@ -213,8 +238,7 @@ def _outside_unet(runner: Runner) -> float:
         clock = _Clock(runner.device)
         begin = clock.mark()
         with clock.watching(runner.contender.unet):
-            for _ in range(runner.contender.cycle):
-                runner.step()
+            runner.cycle()
         end = clock.mark()
         _wait(runner.device)
         inside = sum(clock.between(*span) for span in clock.spans)

@@ -63,7 +63,9 @@ def _section(content: Mapping[str, Any]) -> list[str]:
         "the pairs of neighbours with its 95 % interval (bootstrap). Outside the UNet: share of a step that is not its "
         "forward or backward pass. Matrix products: the step's products and convolutions a second, as a share of the "
         f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s that one of {matmul['size']:,} rows and columns reaches. "
-        "Operations: those of torch that compute something, no views; on a GPU each is at least one kernel to launch.",
+        "Operations: those of torch that compute something, no views; on a GPU each is at least one kernel to launch. "
+        "Counted memory: the most that tensors held at once in a step beside the frozen base: adapters, what optimiser "
+        "and method keep, activations, gradients.",
     ]
     if not on_gpu:
         pending = "No GPU was at hand: read the ratios, not the seconds; what only a GPU can tell is pending."
@@ -72,13 +74,14 @@ def _section(content: Mapping[str, Any]) -> list[str]:
     lines += [
         "",
         f"| | s a step | ratio to `{BASELINE}` | outside the UNet | matrix products | operations a step "
-        "| peak memory | kernels a step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| counted memory | peak memory | kernels a step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in content["contenders"].items():
         seconds = statistics.median(sample[at] for sample in found["samples"])
         speed = found["flops"] / seconds / matmul["flops_per_second"]
         memory, kernels = found["peak_memory_bytes"], found["kernels"]
+        counted = found.get("counted_bytes")  # not in files of before it was counted
         cells = [
             name,
             f"{seconds:.3g}",
@@ -86,6 +89,7 @@ def _section(content: Mapping[str, Any]) -> list[str]:
             f"{found['outside_unet']:.1%}",
             f"{speed:.0%}",
             f"{found['operations']:,.0f}",
+            "-" if counted is None else f"{counted / 2**20:,.1f} MiB",
             "pending" if memory is None else f"{memory / 2**30:.2f} GiB",
             "pending" if kernels is None else f"{kernels:,.0f}",
         ]

@@ -10,7 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from bilora_diffusion.base_precision import FLOATS, QUANTISED, replace_weights
 from bilora_diffusion.bases.quiet import quiet_libraries
-from bilora_diffusion.memory.simulation import META, rounded
+from bilora_diffusion.memory.counting import rounded
+from bilora_diffusion.memory.simulation import META
 from bilora_diffusion.stored_linear import StoredLinear
 
 __all__ = ["TEXT_ENCODERS", "build_part", "frozen_bytes", "store"]

@@ -11,7 +11,6 @@ gaps between the allocator's blocks.
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,19 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["BLOCK_BYTES", "META", "MemoryCounter", "cuda_arithmetic", "rounded"]
+from bilora_diffusion.memory.counting import StorageCounter
+
+__all__ = ["META", "MemoryCounter", "cuda_arithmetic"]
 
 META = torch.device("meta")
-BLOCK_BYTES = 512
-"""CUDA's caching allocator gives out multiples of this."""
-
-
-def rounded(size: int) -> int:
-    """Bytes that the allocator counts for so many."""
-    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
-
 
 aten = torch.ops.aten
 
@@ -104,32 +96,15 @@ OUTPUTS: dict[Any, Callable[..., Any]] = {
 """What these give, where torch's own answer for `meta` takes milliseconds; None leaves it to torch."""
 
 
-class MemoryCounter(TorchDispatchMode):
-    """Inside, counts the storages that operations on `meta` make, as long as something refers to them.
-
-    Numbers that are asked of such a tensor (`.item()`) are 1.
+class MemoryCounter(StorageCounter):
+    """Counts on `meta`, where values are not computed: numbers that are asked of such a tensor (`.item()`) are 1.
 
     Arguments:
-        known: tensors that are there already and are not counted, nor their views.
-
-    Attributes:
-        live, peak: bytes, now and the most since `restart`.
+        known: as `StorageCounter`'s.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._storages: dict[int, weakref.ref] = {}
-        for tensor in known:
-            self._add(tensor, counted=False)
-
-    def restart(self) -> None:
-        """The peak from here on."""
-        self.peak = self.live
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._storages.clear()  # no callback may outlive the interpreter
+        super().__init__(META, known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -139,27 +114,7 @@ class MemoryCounter(TorchDispatchMode):
             return args[0]
         if on_meta and func in OUTPUTS:
             result = OUTPUTS[func](*args, **(kwargs or {}))
-        if result is None:
-            result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(one, Tensor) and one.is_meta:
-                self._add(one)
-        return result
-
-    def _add(self, tensor: Tensor, counted: bool = True) -> None:
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._storages:
-            return
-        size = rounded(storage.nbytes()) if counted else 0
-
-        def forget(_: weakref.ref) -> None:
-            del self._storages[key]
-            self.live -= size
-
-        self._storages[key] = weakref.ref(storage, forget)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        return self.seen(func(*args, **(kwargs or {})) if result is None else result)
 
 
 # CUDA's autocast lists (torch/csrc: autocast_mode.h), as far as SDXL's parts call them.

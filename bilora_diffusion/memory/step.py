@@ -17,7 +17,8 @@ from bilora_diffusion.bases.single_file import SDXL_CONFIG
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.diffusion import build_objective
-from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic, rounded
+from bilora_diffusion.memory.counting import rounded
+from bilora_diffusion.memory.simulation import META, MemoryCounter, cuda_arithmetic
 from bilora_diffusion.methods.building import FRESH_ROWS
 from bilora_diffusion.methods.gradient_sketch import OVERSAMPLING
 from bilora_diffusion.methods.weight_noise import table_length
