@@ -5,8 +5,9 @@ in turn, so that a busy machine hits all alike. Writes benchmarks/results/speed_
 not usual in the name, and speed.md from all such files.
 
 tiny and medium (SDXL's blocks, 3 and 59 million parameters) run anywhere and give ratios. sdxl is SDXL's own UNet at
-1024 px with random weights; it needs a CUDA GPU. With a smaller --resolution it runs on a CPU, too: 256 takes 13 GB of
-memory and about an hour. Of sdxl the rows are measured that tell most; --all measures all.
+1024 px with random weights; it needs a CUDA GPU. With --resolution it runs on a CPU, too: 256 takes 13 GB of memory and
+about an hour, 1024 with --precision bf16 as much, for a few rows (--only). Of sdxl the rows are measured that tell
+most; --all measures all.
 """
 
 import argparse
@@ -70,9 +71,12 @@ def main(argv: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         resolution = arguments.resolution or RESOLUTIONS[arguments.model]
-        write_pictures(Path(folder), resolution)
+        pictures = Path(folder, "pictures")
+        pictures.mkdir()
+        write_pictures(pictures, resolution)
+        latents = Path(folder, "latents") if arguments.model == "sdxl" else None  # a CPU takes minutes to encode them
         base = SharedBase.build(arguments.model, device, dtype)
-        setting = Setting(base, device, dtype, resolution, arguments.batch, arguments.checkpointing, Path(folder))
+        setting = Setting(base, device, dtype, resolution, arguments.batch, arguments.checkpointing, pictures, latents)
         runners, facts = prepare(wanted, setting, say)
         matmul = matmul_flops_per_second(device, dtype)
         started = began if in_all else time.perf_counter()

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.speed.bases import SharedBase, sharing_copy
 from bilora_diffusion.assembly import Machine, assemble, read_pictures
@@ -21,6 +21,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.fused import unfuse
 from bilora_diffusion.method_names import METHOD_NAMES
 from bilora_diffusion.randomness import generator
+from bilora_diffusion.training import BegunStep
 
 __all__ = ["BASELINE", "FULL_SIZE", "Contender", "Setting", "Specification", "specifications", "write_pictures"]
 
@@ -38,6 +39,8 @@ class Setting:
         resolution: side of the pictures in pixels.
         dtype: of the base and of the forward pass.
         pictures: a folder.
+        latents: a folder where all contenders find the encoded pictures; None: each encodes its own and keeps them in
+            memory.
     """
 
     base: SharedBase
@@ -47,6 +50,7 @@ class Setting:
     batch: int
     checkpointing: bool
     pictures: Path
+    latents: Path | None = None
 
 
 class Contender(Protocol):
@@ -61,7 +65,10 @@ class Contender(Protocol):
     cycle: int
 
     def step(self, number: int) -> float:
-        """One optimiser step with all that a run does for it but logging; returns the loss."""
+        """One optimiser step with all that a run does for it but logging; returns the newest loss that it knows."""
+
+    def beside_unet(self) -> Iterator[Tensor]:
+        """What of the shared base stays on the device beside the UNet."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,7 @@ class Own:
             gradient_checkpointing=setting.checkpointing,
             max_train_steps=HUNDRED_YEARS,
             seed=0,
+            cache_dir_latents=None if setting.latents is None else str(setting.latents),
             **flags,
         )
         machine = Machine(setting.device, setting.dtype, 0, 1, lambda: None)
@@ -144,15 +152,21 @@ class Own:
         if not fused:
             unfuse(self.unet)
         self.batch = setting.batch
+        self._before: BegunStep | None = None
         self.cycle = config.looksam_every if config.method == "looksam" else config.shown_in_a_row
 
     def step(self, number: int) -> float:
         rows = flatten([self.parts.dataset[number * self.batch + place] for place in range(self.batch)])
         trainer = self.parts.trainer
-        step = trainer.training_step(trainer.micro_batches([self.parts.make_batch(rows)]), number)
+        begun = trainer.begin_step(trainer.micro_batches([self.parts.make_batch(rows)]), number)
+        read, self._before = self._before or begun, begun  # one step late, as a run does
+        step = read.result()
         if not step.applied:
             raise RuntimeError("the loss or its gradient is not finite: a skipped step costs less than a true one")
         return step.loss
+
+    def beside_unet(self) -> Iterator[Tensor]:
+        return iter(())
 
 
 class Stock:
@@ -219,6 +233,9 @@ class Stock:
         self.scaler.update()
         self.optimizer.zero_grad()
         return loss.detach().item()  # for its progress bar
+
+    def beside_unet(self) -> Iterator[Tensor]:
+        return iter(()) if self.vae is None else self.vae.parameters()
 
     def _encoded(self) -> torch.Tensor:
         return self.vae.encode(self.pixels.to(self.device)).latent_dist.sample() * self.scaling

@@ -64,8 +64,8 @@ def _section(content: Mapping[str, Any]) -> list[str]:
         "forward or backward pass. Matrix products: the step's products and convolutions a second, as a share of the "
         f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s that one of {matmul['size']:,} rows and columns reaches. "
         "Operations: those of torch that compute something, no views; on a GPU each is at least one kernel to launch. "
-        "Counted memory: the most that tensors held at once in a step beside the frozen base: adapters, what optimiser "
-        "and method keep, activations, gradients.",
+        "Counted memory: the most that tensors held at once in a step beside the frozen UNet: adapters, what optimiser "
+        "and method keep, activations, gradients, and the VAE where it runs.",
     ]
     if not on_gpu:
         pending = "No GPU was at hand: read the ratios, not the seconds; what only a GPU can tell is pending."
