@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -192,6 +193,9 @@ class Kept:
         factor.grad = None
         return 0.0
 
+    def beside_unet(self) -> Iterator[torch.Tensor]:
+        yield torch.ones(7)
+
 
 def test_memory_is_counted_as_one_adds_it_up_by_hand():
     """Without the base; adapter and moment stay; of the step, at most four more of their size are there at once."""
@@ -204,7 +208,7 @@ def test_memory_is_counted_as_one_adds_it_up_by_hand():
     with mock.patch.object(measuring, "_outside_unet", lambda _: 0.0):
         _, facts = prepare([specification], setting, lambda _: None)
     # At the end of the backward pass z, the gradient given for it, that of y, and the adapter's.
-    assert facts["kept"]["counted_bytes"] == 2 * size + 4 * size
+    assert facts["kept"]["counted_bytes"] == 2 * size + 4 * size + 28
     assert facts["kept"]["flops"] == 2 * 2 * 4 * side**2
 
 
@@ -251,6 +255,8 @@ def test_it_measures(tmp_path: Path, capsys):
         assert all(min(seconds, cpu) > 0 for _, _, seconds, cpu in found["samples"])
         assert found["counted_bytes"] > 1e5
         assert 0 < found["outside_unet"] < 1 and found["kernels"] is found["peak_memory_bytes"] is None
+    vae = sum(tensor.nbytes for tensor in build_tiny_random().vae.parameters())
+    assert measured["contenders"]["stock"]["counted_bytes"] > vae + 1e6  # it has to be there
     flops = {name: found["flops"] for name, found in measured["contenders"].items()}
     assert 1 < flops["bilora"] / flops[BASELINE] < 1.1 < flops["stock"] / flops[BASELINE] < 3  # the VAE's
     assert (tmp_path / "speed_tiny_cpu.png").stat().st_size > 5000
