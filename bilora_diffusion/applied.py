@@ -20,7 +20,8 @@ def step_if(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
     Arguments:
         applied: a scalar of bools, on the device of the parameters.
     """
-    if not optimizer.defaults.get("fused"):
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        optimizer._opt_called = True  # a schedule would warn of a first step that was left out
         if applied:
             optimizer.step()
         return

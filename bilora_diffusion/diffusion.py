@@ -35,7 +35,9 @@ class Objective:
     scheduler: Scheduler
     edm: bool = False
     snr_gamma: float | None = None
-    _schedules: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _schedules: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         known = ("epsilon", "v_prediction") if self.edm else ("epsilon", "v_prediction", "sample")

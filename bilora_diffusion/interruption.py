@@ -1,4 +1,7 @@
-"""Ctrl-C ends a run after the step at hand, with everything saved; a second one ends it at once."""
+"""Ctrl-C ends a run after the step at hand, with everything saved; a second one ends it at once.
+
+Several processes agree on where to stop by the steps themselves, which takes two more.
+"""
 
 import os
 import signal

@@ -10,7 +10,7 @@ from transformers.optimization import Adafactor
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
 
-__all__ = ["auxiliary_learning_rates", "build_optimizer", "has_fused_step", "learning_rates"]
+__all__ = ["auxiliary_learning_rates", "build_optimizer", "has_fused_step", "learning_rates", "load_state"]
 
 
 def learning_rates(config: TrainingConfig, parts: Sequence[str], total_batch_size: int) -> dict[str, float]:
@@ -84,6 +84,15 @@ def _bitsandbytes_adam(config: TrainingConfig) -> type[torch.optim.Optimizer]:
     if config.paged_adam:
         return optim.PagedAdamW8bit if config.use_8bit_adam else optim.PagedAdamW
     return optim.AdamW8bit
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """`load_state_dict`, but that the optimiser stays fused, or not, as this machine and version have it."""
+    groups = [
+        {**saved, **({"fused": own["fused"]} if "fused" in own else {})}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def has_fused_step(device: torch.device) -> bool:

@@ -75,7 +75,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy there, which nobody waits for: a GPU takes it from pinned memory when it comes to it."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")  # elsewhere nothing keeps the source until it is read
 
 
 class Mark:

@@ -41,7 +41,8 @@ class Progress:
             and with the perturbation that step was taken under.
         skipped: steps whose loss or gradient was not finite; `skipped_in_a_row` up to now.
         highest_c_over_rho: over all steps, None for a method without a ball.
-        seconds: of each step of this process, previews and checkpoints left out. Starts anew when a run is resumed.
+        seconds: of each step of this process, from the end of the one before. Left out are previews, checkpoints and
+            loss gaps, with which goes the reading of that step's rows. Starts anew when a run is resumed.
     """
 
     seed: int = 0

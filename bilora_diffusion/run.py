@@ -226,6 +226,13 @@ class Run:
         with Interruption(announces=self.machine.is_main) as interruption, bar:
             for number in range(progress.step, self.steps):
                 wish = interruption.requested
+                # Alone there is nobody to agree with on where to stop.
+                if wish and self.machine.processes == 1 and number > self.steps_before:
+                    if before is not None:
+                        self._settle(before, bar)
+                    if progress.step % config.checkpointing_steps:
+                        self._save_checkpoint()
+                    return True
                 try:
                     begun = self._begin(number, batches, None if before is None else before.step.done, wish)
                 except Exception:
@@ -235,8 +242,7 @@ class Run:
                     raise
                 stop = before is not None and self._settle(before, bar)
                 before = begun
-                # Alone there is nobody to agree with on where to stop.
-                if stop or self._is_looked_at(number + 1) or (wish and self.machine.processes == 1):
+                if stop or (wish and self.machine.processes == 1) or self._is_looked_at(number + 1):
                     stop |= self._settle(begun, bar)
                     before = None
                     self.previews.after_step(progress.step)

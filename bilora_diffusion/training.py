@@ -10,13 +10,14 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from bilora_diffusion.adapters import auxiliary_off
-from bilora_diffusion.applied import step_if
+from bilora_diffusion.applied import copy_if, step_if
 from bilora_diffusion.base_prediction import hold_to_base
 from bilora_diffusion.batches import Batch, TrainingMicroBatch
 from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.diffusion import Objective
 from bilora_diffusion.fused import AllFactors
 from bilora_diffusion.methods import Method
+from bilora_diffusion.optimizers import load_state
 from bilora_diffusion.processes import Mark, Reading, average_gradients, process_number
 from bilora_diffusion.randomness import stream_seed
 
@@ -127,8 +128,9 @@ class Trainer:
     def begin_step(self, micro_batches: Sequence[TrainingMicroBatch], number: int, stop: bool = False) -> BegunStep:
         """One optimiser step, asked of the device: the host never waits for it, so it can ask for the next meanwhile.
 
-        A step whose loss or gradient is not finite changes neither adapters nor moments, which is decided on the
-        device. It counts as a step for all that the host counts: learning rates, ramps of noise and radii go on.
+        A step whose loss or gradient is not finite changes neither adapters nor moments nor the average, which is
+        decided on the device. It counts as a step for all that the host counts: learning rates, ramps of noise and
+        radii go on.
 
         Arguments:
             number: of this step in the run, from 0; the seed of what dropout draws.
@@ -148,7 +150,9 @@ class Trainer:
         for scheduler in self.schedulers:
             scheduler.step()
         if self.average is not None:
+            before = torch._foreach_mul(self.average.shadow_params, 1.0)  # copies, in a few calls
             self.average.step(self.primary)
+            copy_if(~applied, self.average.shadow_params, before)
         if self.scaler.is_enabled():
             self.scaler.update()
         for parameter in self.trained:
@@ -198,7 +202,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         if state["scaler"]:  # empty where the run so far was not in fp16

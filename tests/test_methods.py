@@ -180,9 +180,17 @@ def test_the_same_seed_gives_the_same_start_and_draws(build, lora_of, method):
     assert not torch.equal(run.batches(2)[0].noise, build(method, seed=1).batches(2)[0].noise)
 
 
-@every_method
-def test_a_loss_that_is_not_finite_skips_the_step_as_a_whole(build, method):
-    run = build(method, lr_scheduler="linear", **ACTIVE)
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        *((method, {}) for method in METHOD_NAMES),
+        ("looksam", {"looksam_every": 1}),
+        ("bilora-fresh", {"ascent_basis": "tracked"}),
+        ("bilora", {"ascent": "normalized", "ema_decay": 0.5}),
+    ],
+)
+def test_a_loss_that_is_not_finite_skips_the_step_as_a_whole(build, method, flags):
+    run = build(method, lr_scheduler="linear", **ACTIVE, **flags)
     run.train(1)
     before = run.tensors(), run.tensors(AUXILIARY), run.parts.trainer.state_dict()
     before = copy.deepcopy(before)
@@ -192,7 +200,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_as_a_whole(build, method):
     assert not step.applied
     assert not math.isfinite(step.loss)
     assert all_equal(before[0], run.tensors())
-    if method not in ("bilora-echo", "bilora-fresh"):  # which keep nothing in it
+    if method != "bilora-echo":  # which keeps nothing in it
         assert all_equal(before[1], run.tensors(AUXILIARY))
     after = run.parts.trainer.state_dict()
     assert flat(learnt(before[2])) == flat(learnt(after))
@@ -201,7 +209,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_as_a_whole(build, method):
     assert run.step(2).applied
 
 
-COUNTED = {"schedulers", "lr", "step", "steps", "initial_lr"}
+COUNTED = {"schedulers", "lr", "step", "steps", "initial_lr", "optimization_step", "cur_decay_value"}
 """What of a state the host counts, step by step."""
 
 
@@ -235,6 +243,22 @@ def test_dropout_follows_the_step_and_not_what_was_drawn_before(build, method):
         torch.manual_seed(0)
         numbers.append(one.parts.trainer.training_step(one.micro_batches(0), number).loss)
     assert numbers[0] != numbers[1]
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("method", ["lora", "bilora", "dual-lora"])
+def test_a_state_of_optimisers_that_were_not_fused_goes_on(build, method, fused):
+    """As an older version or Apple's GPUs leave it."""
+    run, other = build(method, **ACTIVE), build(method, **ACTIVE)
+    run.train(1)
+    state = copy.deepcopy(run.parts.trainer.state_dict())
+    for held in (state["optimizer"], state["method"].get("ascent"), state["method"].get("optimizer")):
+        for group in held["param_groups"] if held else ():
+            group["fused"] = fused
+    other.parts.trainer.load_state_dict(state)
+    assert other.step(1).applied
+    groups = [group for one in other.parts.trainer.schedulers for group in one.optimizer.param_groups]
+    assert all(group["fused"] for group in groups)
 
 
 @pytest.mark.parametrize(

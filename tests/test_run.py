@@ -570,6 +570,17 @@ def test_a_bad_step_is_skipped_and_counted(
     assert saved["skipped_in_a_row"] == 2 and Progress.from_json(saved).skipped_in_a_row == 0
 
 
+def test_many_bad_steps_are_told_while_the_next_is_at_work(
+    pictures: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    flags = {"max_bad_steps": 2, "checkpointing_steps": 99, "loss_gap_steps": 0, "max_train_steps": 9, **SMALL}
+    spoil(monkeypatch, range(2, 99))
+    assert main(words(pictures, tmp_path / "run", **flags)) == 2
+    assert "2 steps in a row (up to step 4)" in capsys.readouterr().err.splitlines()[-1]
+    assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False, False, True, True]
+    assert state(tmp_path / "run")["state"] == "failed"
+
+
 def test_many_bad_steps_stop_the_run_and_it_can_go_on(
     pictures: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

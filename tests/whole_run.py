@@ -93,7 +93,10 @@ def quickened() -> Iterator[None]:
 
 
 class StopAfter:
-    """In the place of `Interruption`: wants the run to end with its k-th step, as if Ctrl-C had been pressed in it."""
+    """In the place of `Interruption`: wants the run to end with its k-th step, as if Ctrl-C had been pressed in it.
+
+    Of several processes all take two steps more.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -105,7 +108,7 @@ class StopAfter:
     @property
     def requested(self) -> bool:
         self.asked += 1
-        return self.asked >= self.steps
+        return self.asked > self.steps
 
     def __enter__(self) -> "StopAfter":
         return self

@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         f"batch{arguments.batch}": arguments.batch != 1,
         precision: precision != usual,
         "checkpointing": arguments.checkpointing,
+        "compiled": arguments.compile,
     }
     name = "_".join(["speed", arguments.model, device.type, *(word for word, is_so in special.items() if is_so)])
     path = arguments.folder / f"{name}.json"

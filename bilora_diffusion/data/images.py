@@ -208,7 +208,7 @@ def crop_corners(size: tuple[int, int], resolution: Resolution, crops: int) -> l
     """(y, x) in px of the corners of a picture's crops, spread evenly over what there is to crop, each once.
 
     A picture in its `resized_size` has s px to spare along one side at most. Crop n of N = `crops` leaves the share
-    (n + 1/2) / N of them before it, rounded: for N = 1 the crop is the middle, for N > s they are all there are.
+    (n + 1/2) / N of them before it, rounded: for N = 1 the crop is the middle, for N > s there are s + 1, each place.
     Nothing is random: they are the same in every run.
     """
     return list(itertools.product(*(_spread(px, crops) for px in _spare(size, resolution))))
@@ -220,8 +220,10 @@ def _spare(size: tuple[int, int], resolution: Resolution) -> list[int]:
 
 
 def _spread(spare: int, crops: int) -> list[int]:
+    if crops == 1:
+        return [round(spare / 2)]
     count = min(crops, spare + 1)
-    return list(dict.fromkeys(round((2 * n + 1) * spare / (2 * count)) for n in range(count)))
+    return [-(-((2 * n + 1) * spare - count) // (2 * count)) for n in range(count)]  # halves down: all are different
 
 
 def resize(image: Image.Image, resolution: Resolution, interpolation: str) -> Image.Image:

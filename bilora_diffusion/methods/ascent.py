@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilora_diffusion.adapters import LowRank, wide_dtype
 from bilora_diffusion.applied import copy_if, step_if
+from bilora_diffusion.optimizers import load_state
 
 __all__ = ["Ascent", "NormalizedAscent", "OptimizerAscent"]
 
@@ -50,7 +51,7 @@ class OptimizerAscent:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(dict(state))
+        load_state(self.optimizer, state)
 
 
 class NormalizedAscent:

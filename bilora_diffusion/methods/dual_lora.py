@@ -21,6 +21,7 @@ from bilora_diffusion.adapters import LowRank
 from bilora_diffusion.applied import step_if
 from bilora_diffusion.methods.ball import Ball
 from bilora_diffusion.methods.interface import Method
+from bilora_diffusion.optimizers import load_state
 
 __all__ = ["DualLoRA"]
 
@@ -58,5 +59,5 @@ class DualLoRA(Method):
         return {"optimizer": self.optimizer.state_dict(), **self.ball.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         self.ball.load_state_dict(state)

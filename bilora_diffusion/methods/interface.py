@@ -78,7 +78,8 @@ class Method:
 
         Arguments:
             applied: a scalar of bools on the device: False where the step is skipped. Then nothing that was learnt may
-                change, here or in `after_step`, and the gradients may hold anything; what the host counts goes on.
+                change, here or in `after_step`, and the gradients may hold anything; what the host counts goes on, and
+                with it radii and ramps.
         """
 
     def after_step(self, applied: Tensor) -> None:

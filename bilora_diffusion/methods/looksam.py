@@ -4,7 +4,8 @@
     other steps:      g at theta;  step with g + alpha (||g|| / ||v||) v
 
 1 + 1 / k passes a step; the extra memory is one gradient, and a copy of the adapter in every k-th step. k = 1 is
-LoRA-SAM. alpha = 0 leaves plain steps in between; rho = 0 makes v nothing but rounding, so give alpha = 0 too.
+LoRA-SAM. alpha = 0 leaves plain steps in between; rho = 0 makes v nothing but rounding, so give alpha = 0 too. After a
+k-th step that was skipped the ones in between use the v before.
 
 Reference:
     Towards Efficient and Scalable Sharpness-Aware Minimization (Liu et al., 2022), CVPR, arXiv 2203.02714,
