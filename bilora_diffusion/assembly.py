@@ -31,11 +31,11 @@ from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.buckets import make_buckets
 from bilora_diffusion.data.captions import CaptionRule, check_shuffling
 from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset, flatten
+from bilora_diffusion.data.embedding_files import EmbeddingFiles
 from bilora_diffusion.data.latent_files import LatentFiles
 from bilora_diffusion.data.latents import CachedLatents, EncodedLatents, LatentSource
 from bilora_diffusion.data.masks import with_alpha_masks, with_mask_files
 from bilora_diffusion.data.pictures import Picture, class_pictures, find_pictures, pictures_of_dataset
-from bilora_diffusion.data.tensor_file import TensorFile
 from bilora_diffusion.diffusion import build_objective
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.initialisation import attach_start, fill_start, weight_gradients
@@ -179,8 +179,10 @@ def assemble(
         models |= dict(zip(TEXT_ENCODERS, encoders, strict=True))
         prompts = TokenizedPrompts(texts, tokenizers)
     else:
-        kept = TensorFile(config.cache_dir_latents) if config.cache_dir_latents else None
+        kept = EmbeddingFiles(config.cache_dir_latents, tokenizers, encoders) if config.cache_dir_latents else None
         prompts = EmbeddedPrompts(texts, tokenizers, encoders, all_known=not config.shuffle_caption, kept=kept)
+        if kept is not None and machine.is_main:
+            logger.info(f"captions: {kept.found} found in {kept.folder}, {kept.made} embedded and kept there")
         if config.shuffle_caption and machine.is_main:
             logger.info(
                 "the text encoders stay in memory: --shuffle_caption makes prompts that cannot be embedded ahead"

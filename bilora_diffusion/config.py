@@ -352,8 +352,8 @@ class TrainingConfig:
     )
     cache_dir_latents: str | None = flag(
         None,
-        "folder that keeps the encoded pictures for the next run, on disk instead of in memory; any number of runs may "
-        "share it; unset: none",
+        "folder that keeps the encoded pictures and embedded captions for the next run, on disk instead of in memory; "
+        "any number of runs may share it; unset: none",
         group=DATA,
         origin="bilora",
     )

@@ -25,7 +25,8 @@ class EmbeddedPrompts:
     Arguments:
         all_known: no other prompt will come: the text encoders are not held and can be freed. Otherwise they embed
             the others, such as captions with shuffled tags, whenever one comes.
-        kept: what to put the embeddings in: with SDXL's encoders 0.6 MB a prompt in float32. None: into memory.
+        kept: what to put the embeddings in, and where some may be already: with SDXL's encoders 0.6 MB a prompt in
+            float32. None: into memory.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class EmbeddedPrompts:
         self.embeddings: MutableMapping[str, tuple[Tensor, ...]] = {} if kept is None else kept
         with progress_bar("embedding captions", len(prompts), "caption") as bar:
             for prompt in prompts:
-                self.embeddings[prompt] = _embed(prompt, tokenizers, text_encoders)
+                if prompt not in self.embeddings:
+                    self.embeddings[prompt] = _embed(prompt, tokenizers, text_encoders)
                 bar.update()
         self._unknown = None if all_known else (tokenizers, text_encoders)
 

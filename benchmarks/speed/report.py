@@ -53,9 +53,10 @@ def _section(content: Mapping[str, Any]) -> list[str]:
     setting, matmul = content["configuration"], content["matmul"]
     at, on_gpu = clock(content), setting["device"] == "cuda"
     rounds = len({sample[ROUND] for sample in content["contenders"][BASELINE]["samples"]})
+    compiles = any("compile" in flags for flags in setting["flags"].values())
     unit = "by the clock" if on_gpu else "CPU seconds of the process"
     lines = [
-        f"## {setting['model']}, {content['device']}",
+        f"## {setting['model']}, {content['device']}{', with and without --compile' if compiles else ''}",
         "",
         f"{setting['resolution']} px, batch {setting['batch']}, precision {setting['precision']}, rank "
         f"{setting['rank']}{', gradient checkpointing' if setting['checkpointing'] else ''}; {rounds} rounds of one "
