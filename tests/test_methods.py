@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bilora_diffusion import assembly, methods
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, LowRank, auxiliary_off, low_rank_layers, product_norm
 from bilora_diffusion.batches import Batch
+from bilora_diffusion.fused import unfuse
 from bilora_diffusion.method_names import METHOD_NAMES, WITH_NOISE
 from bilora_diffusion.methods.ascent import NormalizedAscent, OptimizerAscent
 from bilora_diffusion.methods.ball import clip_to_ball
@@ -262,12 +263,19 @@ def test_a_state_of_optimisers_that_were_not_fused_goes_on(build, method, fused)
 
 
 @pytest.mark.parametrize(
-    ("method", "ascent"), [*((method, "adamw") for method in METHOD_NAMES), ("bilora", "normalized")]
+    ("method", "ascent", "fused"),
+    [
+        *((method, "adamw", True) for method in METHOD_NAMES),
+        ("bilora", "normalized", True),
+        ("bilora", "adamw", False),
+    ],
 )
-def test_a_step_is_taken_up_from_the_saved_state(build, method, ascent):
+def test_a_step_is_taken_up_from_the_saved_state(build, method, ascent, fused):
     """Two steps, and the second again by a new run that is given the state after the first: the same bits."""
     flags = {"lr_scheduler": "cosine", "ascent": ascent, **ACTIVE}
     through, second = build(method, **flags), build(method, **flags)
+    for model in [] if fused else [*through.parts.models.values(), *second.parts.models.values()]:
+        unfuse(model)
     through.train(1)
     for adapter in (PRIMARY, AUXILIARY):
         values = through.tensors(adapter)
@@ -328,9 +336,12 @@ def test_a_radius_of_zero_gives_loras_tensors(build):
     assert zero.parts.radius.rho == 0
 
 
-def test_an_auxiliary_that_stays_zero_changes_nothing(build):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "peft's forward"])
+def test_an_auxiliary_that_stays_zero_changes_nothing(build, fused):
     lora, present = build("lora", train_text_encoder=True), build(train_text_encoder=True, **ACTIVE)
     present.parts.method.rho = 0.0
+    for model in [] if fused else [*lora.parts.models.values(), *present.parts.models.values()]:
+        unfuse(model)
     for run in (lora, present):
         run.train(3)
     assert difference(lora.tensors(), present.tensors()) < 1e-6
