@@ -15,6 +15,7 @@ from bilora_diffusion.adapters import AUXILIARY, adapted_layers, auxiliary_off, 
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.data.dreambooth import DrawBatches, DreamBoothDataset
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.methods.eigen import jacobi
 from bilora_diffusion.methods.gradient_sketch import Factors, GradientSketch, _cut, _sketch, _solved
 
 
@@ -55,8 +56,13 @@ def energy(matrices: list[Tensor]) -> float:
         ({"lora_layers": "to_k,conv1"}, 0.8),  # of a random network's convolutions the gradients have full rank
     ],
 )
-def test_a_sketch_is_the_strongest_part_of_the_gradient(build, flags: dict, share: float):
+@pytest.mark.parametrize("decomposed", ["by lapack", "by jacobi"])
+def test_a_sketch_is_the_strongest_part_of_the_gradient(
+    build, flags: dict, share: float, decomposed: str, monkeypatch: pytest.MonkeyPatch
+):
     """By the part of the gradient that it explains, of what the best approximation of its rank explains."""
+    if decomposed == "by jacobi":  # as off the CPU
+        monkeypatch.setattr(torch.linalg, "eigh", jacobi)
     rank = 4
     run = build("lora", **flags)
     run.train(2)
@@ -177,7 +183,8 @@ def test_a_sketch_of_any_size_has_the_gradients_direction(dtype: torch.dtype, si
 def _cut_sketches(sketches: list[Factors], rank: int) -> Factors:
     """As `GradientSketch.factors` has it, of layers of one shape."""
     Y, Zt = (torch.stack(some) for some in zip(*sketches, strict=True))
-    return _cut(Y.float(), _solved(Y, Zt), rank)
+    (cut,) = _cut([(Y.float(), *_solved([(Y, Zt)]))], rank)
+    return cut
 
 
 # --- the draws ---

@@ -9,6 +9,7 @@ nothing else needs and which is as large as the weight. Its strongest directions
 Reference: Finding structure with randomness (Halko et al., 2011), arXiv 0909.4061, Algorithm 4.3 with one iteration.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ from bilora_diffusion.adapters import LowRank, adapted_layers, wide_dtype
 from bilora_diffusion.applied import copy_if
 from bilora_diffusion.compilation import uncompiled
 from bilora_diffusion.fused import FusedLinear, tap
+from bilora_diffusion.methods.eigen import eigh_of_all
 from bilora_diffusion.processes import average, process_count, process_number
 from bilora_diffusion.randomness import stream_seed
 
@@ -84,25 +86,31 @@ class GradientSketch:
             found = self._found[name]
             alike.setdefault((len(found), *(one.shape for one in found[0])) if found else (), []).append(index)
         unseen = alike.pop((), [])
-        sums = _of_all_processes([self._sums(members) for members in alike.values()])
+        sums = _of_all_processes(self._sums(list(alike.values())))
         self._found = {}
         factors: list[Factors | None] = [None] * len(self.layers)
-        for members, (B, A) in zip(alike.values(), sums, strict=True):
-            for index, *one in zip(members, *_cut(B, A, self.rank), strict=True):
+        for members, cut in zip(alike.values(), _cut(sums, self.rank), strict=True):
+            for index, *one in zip(members, *cut, strict=True):
                 factors[index] = (one[0], one[1])
         for index in unseen:
             factors[index] = _nothing(self.layers[index][1], self.rank)
         return factors
 
-    def _sums(self, members: Sequence[int]) -> Factors:
-        """B (layers, out, k) and A (layers, k, in) of some layers of one shape, k over all passes."""
-        passes = zip(*(self._found[self.layers[index][0]] for index in members), strict=True)
-        B, A = [], []
-        for of_one_pass in passes:
-            Y, Zt = (torch.stack(some) for some in zip(*of_one_pass, strict=True))
-            B.append(_wide(Y))
-            A.append(_solved(Y, Zt))
-        return (B[0], A[0]) if len(B) == 1 else (torch.cat(B, 2), torch.cat(A, 1))
+    def _sums(self, groups: Sequence[Sequence[int]]) -> list[Factors]:
+        """B (layers, out, k) and A (layers, k, in) of each group of layers of one shape, k over all passes."""
+        sketches, counts = [], []
+        for members in groups:
+            passes = list(zip(*(self._found[self.layers[index][0]] for index in members), strict=True))
+            counts.append(len(passes))
+            for of_one_pass in passes:
+                Y, Zt = (torch.stack(some) for some in zip(*of_one_pass, strict=True))
+                sketches.append((Y, Zt))
+        solved = iter([(_wide(Y), A) for (Y, _), A in zip(sketches, _solved(sketches), strict=True)])
+        sums = []
+        for count in counts:
+            B, A = zip(*itertools.islice(solved, count), strict=True)
+            sums.append((B[0], A[0]) if count == 1 else (torch.cat(B, 2), torch.cat(A, 1)))
+        return sums
 
 
 @torch.no_grad()
@@ -162,19 +170,25 @@ def _sketch(x: Tensor, g: Tensor, columns: int, seed: int) -> Factors:
     return Y, _wide(gY.mT @ x) * (size * x_size * g_size)
 
 
-def _solved(Y: Tensor, Zt: Tensor) -> Tensor:
-    """(Y' Y)^-1 Z' for each of n layers: (n, out, k), (n, k, in) in the products' precision -> (n, k, in), `_wide`."""
-    rounding = torch.finfo(Y.dtype).eps ** 2  # of Y itself: directions below it hold nothing, and would be blown up
-    Y, Zt = _wide(Y), _wide(Zt)
-    gram = Y.mT @ Y
-    finite, mark = _decomposable(gram.to(wide_dtype(gram.device)))
-    inverse = torch.linalg.pinv(finite, hermitian=True, rtol=max(rounding, _noise(gram.dtype))) + mark
-    return inverse.to(gram.dtype) @ Zt
+def _solved(sketches: Sequence[Factors]) -> list[Tensor]:
+    """(Y' Y)^-1 Z' of each: (n, out, k), (n, k, in) in the products' precision -> (n, k, in), `_wide`."""
+    grams = [_wide(Y).mT @ _wide(Y) for Y, _ in sketches]
+    finite, marks = _decomposable([gram.to(wide_dtype(gram.device)) for gram in grams])
+    solved = []
+    for (Y, Zt), gram, (values, vectors), mark in zip(sketches, grams, eigh_of_all(finite), marks, strict=True):
+        # Of Y itself: directions below it hold nothing, and would be blown up.
+        rounding = torch.finfo(Y.dtype).eps ** 2
+        usable = values > max(rounding, _noise(gram.dtype)) * values.amax(1, keepdim=True)
+        inverse = torch.where(usable, 1 / values.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+        inverse = (vectors * inverse[:, None]) @ vectors.mT + mark
+        solved.append(inverse.to(gram.dtype) @ _wide(Zt))
+    return solved
 
 
-def _decomposable(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, k, k) without what is not finite, which a decomposition refuses, and what puts that back: NaN, else 0."""
-    return gram.nan_to_num(0.0, 0.0, 0.0), (gram * 0).sum((1, 2), keepdim=True)
+def _decomposable(grams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Each (n, k, k) without what is not finite, which LAPACK refuses, and what puts that back: NaN, else 0."""
+    finite = [gram.nan_to_num(0.0, 0.0, 0.0) for gram in grams]
+    return finite, [(gram * 0).sum((1, 2), keepdim=True) for gram in grams]
 
 
 def _noise(dtype: torch.dtype) -> float:
@@ -213,25 +227,31 @@ def _of_all_processes(sums: Sequence[Factors]) -> Sequence[Factors]:
     return list(zip(means[::2], means[1::2], strict=True))
 
 
-def _cut(B: Tensor, A: Tensor, rank: int) -> Factors:
-    """Each of n products B A by its r strongest singular directions: (n, out, k), (n, k, in) -> with r for k.
+def _cut(products: Sequence[Factors], rank: int) -> list[Factors]:
+    """Products B A, each of n, by their r strongest singular directions: (n, out, k), (n, k, in) -> with r for k.
 
     Only matrices of the size of B' B are decomposed.
     """
-    dtype = wide_dtype(B.device)
-    gram_B, gram_A = (B.mT @ B).to(dtype), (A @ A.mT).to(dtype)
+    if not products:
+        return []
+    dtype = wide_dtype(products[0][0].device)
     # B = Q root W' with orthonormal Q, so that B A = Q (root W' A), whose Gram matrix is small.
-    finite, mark = _decomposable(gram_B)
-    values, W = torch.linalg.eigh(finite)
-    usable = values > _noise(B.dtype) * values.amax(1, keepdim=True)
-    root = values.clamp_min(0).sqrt() * usable
-    inverse = torch.where(usable, 1 / values.clamp_min(torch.finfo(dtype).tiny).sqrt(), 0.0)
-    down = root[:, :, None] * W.mT
-    finite, other_mark = _decomposable(down @ gram_A @ down.mT)
-    _, P = torch.linalg.eigh(finite)
-    P = P.flip(2)[:, :, :rank] + mark + other_mark
-    left, right = W @ (inverse[:, :, None] * P), P.mT @ down
-    return _padded(B @ left.to(B.dtype), right.to(A.dtype) @ A, rank)
+    finite, marks = _decomposable([(B.mT @ B).to(dtype) for B, _ in products])
+    lefts, downs = [], []
+    for (B, _), (values, W) in zip(products, eigh_of_all(finite), strict=True):
+        usable = values > _noise(B.dtype) * values.amax(1, keepdim=True)
+        root = values.clamp_min(0).sqrt() * usable
+        inverse = torch.where(usable, 1 / values.clamp_min(torch.finfo(dtype).tiny).sqrt(), 0.0)
+        lefts.append(W * inverse[:, None])
+        downs.append(root[:, :, None] * W.mT)
+    grams = [down @ (A @ A.mT).to(dtype) @ down.mT for down, (_, A) in zip(downs, products, strict=True)]
+    finite, other_marks = _decomposable(grams)
+    cut = []
+    for number, ((B, A), (_, P)) in enumerate(zip(products, eigh_of_all(finite), strict=True)):
+        P = P.flip(2)[:, :, :rank] + marks[number] + other_marks[number]
+        left, right = lefts[number] @ P, P.mT @ downs[number]
+        cut.append(_padded(B @ left.to(B.dtype), right.to(A.dtype) @ A, rank))
+    return cut
 
 
 def _padded(B: Tensor, A: Tensor, rank: int) -> Factors:
