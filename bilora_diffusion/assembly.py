@@ -7,7 +7,7 @@ crops are drawn anew, is freed; only then is the UNet loaded.
 import gc
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -55,6 +55,7 @@ __all__ = [
     "free_memory",
     "narrower_than",
     "read_pictures",
+    "used_prompt",
 ]
 
 logger = logging.getLogger(__name__)
@@ -114,12 +115,20 @@ class Parts:
 def read_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:
     """The instance pictures with their masks, found and checked before anything heavy is loaded, and warnings."""
     pictures, warnings = _find_pictures(config)
+    if config.instance_prompt is not None and used_prompt(config, pictures) is None:
+        warnings = [*warnings, "--instance_prompt is not used: every picture has a caption of its own"]
     if config.mask_dir is not None:
         return with_mask_files(pictures, config.mask_dir), warnings
     if config.alpha_mask:
         pictures, more = with_alpha_masks(pictures)
         return pictures, warnings + more
     return pictures, warnings
+
+
+def used_prompt(config: TrainingConfig, pictures: Sequence[Picture]) -> str | None:
+    """`--instance_prompt`, if some picture has it for its caption; else None."""
+    wanted = (config.instance_prompt or "").strip()
+    return config.instance_prompt if any(picture.caption.strip() == wanted for picture in pictures) else None
 
 
 def _find_pictures(config: TrainingConfig) -> tuple[list[Picture], list[str]]:

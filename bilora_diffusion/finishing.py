@@ -14,7 +14,7 @@ from PIL import Image
 
 import bilora_diffusion
 from bilora_diffusion.adapters import AUXILIARY, parameters_of
-from bilora_diffusion.assembly import Machine, Parts
+from bilora_diffusion.assembly import Machine, Parts, used_prompt
 from bilora_diffusion.bases.quiet import quiet_libraries
 from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.errors import UserError
@@ -166,7 +166,7 @@ def lora_facts(config: TrainingConfig, parts: Parts, progress: Progress, started
         lora_layers=config.unet_targets,
         trained_parts=tuple(parts.models),
         use_dora=config.use_dora,
-        instance_prompt=config.instance_prompt,
+        instance_prompt=used_prompt(config, dataset.instances),
         captions=[picture.caption for picture in dataset.instances],
         started_at=started,
         finished_at=time.time(),
@@ -313,7 +313,9 @@ def _say(
     for name in pictures:
         logger.info(f"{folder.path / name}")
     if progress.skipped:
-        logger.info(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
+        most = 2 * progress.skipped > progress.step
+        mend = "; most were, so the LoRA is hardly good for anything: try a lower --learning_rate" if most else ""
+        logger.info(f"{progress.skipped} steps were skipped: their loss or gradient was not finite{mend}")
     for note in ("inert", "too_strong", "leaning"):
         if summary[note]:
             logger.info(f"note: {summary[note]}")

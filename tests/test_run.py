@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ from whole_run import (
 from bilora_diffusion import assembly, finishing, run, sampling
 from bilora_diffusion.bases.tiny import build_tiny_random
 from bilora_diffusion.batches import TrainingMicroBatch
+from bilora_diffusion.config import TrainingConfig
 from bilora_diffusion.finishing import peak_memory_bytes
 from bilora_diffusion.lora_files import upload
 from bilora_diffusion.lora_files.diffusers_format import save_diffusers
@@ -162,11 +164,26 @@ def test_the_card(full: Path) -> None:
     text = (full / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
     values = yaml.safe_load(head)
-    assert values["instance_prompt"] == "a sks picture" and "bilora" in values["tags"]
+    assert "instance_prompt" not in values and "bilora" in values["tags"]  # all pictures have captions of their own
+    assert "a sks picture of kind 0" in body
     assert [one["output"]["url"] for one in values["widget"]] == ["previews/final_0.png", "previews/final_1.png"]
     assert all((full / one["output"]["url"]).exists() for one in values["widget"])
     assert {one["text"] for one in values["widget"]} == {"a sks picture in the snow"}
     assert LORA_FILE in body and KOHYA_FILE in body
+
+
+@pytest.mark.parametrize("captions", [4, 3, 0])
+def test_the_prompt_is_the_pictures_or_it_is_told(captions: int, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copies"
+    shutil.copytree(pictures, folder)
+    for path in sorted(folder.glob("*.txt"))[captions:]:
+        path.unlink()
+    config = TrainingConfig(
+        pretrained_model_name_or_path="tiny-random", instance_data_dir=str(folder), instance_prompt=" a sks picture "
+    )
+    found, warnings = assembly.read_pictures(config)
+    assert (assembly.used_prompt(config, found) is None) == (captions == 4)
+    assert any("--instance_prompt is not used" in warning for warning in warnings) == (captions == 4)
 
 
 def test_nothing_of_this_machine_is_in_what_is_shared(full: Path, pictures: Path) -> None:
@@ -311,7 +328,14 @@ def test_what_a_run_shows(pictures: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert text in last, text
     assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last)  # time used < time left
     others = [line for line in re.sub(r"[^\n]*\r", "", printed).splitlines() if line and not line.startswith("bilora:")]
-    ours = ("latents are not cached", "done: 4 steps", str(tmp_path), "note: ", "tip: ")
+    ours = (
+        "--instance_prompt is not used",
+        "latents are not cached",
+        "done: 4 steps",
+        str(tmp_path),
+        "note: ",
+        "tip: ",
+    )
     assert [line for line in others if not line.startswith(ours)] == []
 
 

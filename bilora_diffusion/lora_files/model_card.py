@@ -174,12 +174,14 @@ def _summary(facts: LoraFacts) -> str:
     text = f"A {kind} for {_base(facts)} (Stable Diffusion XL), on {parts}."
     if facts.instance_prompt:
         text += f" Call it up with the prompt\n\n```\n{facts.instance_prompt}\n```"
+    elif facts.captions:
+        text += f" It was trained on captions such as\n\n```\n{facts.captions[0]}\n```"
     return text
 
 
 def _usage(facts: LoraFacts, hub_id: str | None, kohya_file: bool) -> str:
     base = facts.base_hub_id or "path/to/the/base"
-    prompt = facts.instance_prompt or "a photo"
+    prompt = facts.instance_prompt or next(iter(facts.captions), "a photo")
     source = hub_id or "path/to/this/folder"
     text = f"""With diffusers:
 
