@@ -53,7 +53,7 @@ def _section(content: Mapping[str, Any]) -> list[str]:
     setting, matmul = content["configuration"], content["matmul"]
     at, on_gpu = clock(content), setting["device"] == "cuda"
     rounds = len({sample[ROUND] for sample in content["contenders"][BASELINE]["samples"]})
-    compiles = any("compile" in flags for flags in setting["flags"].values())
+    compiles = any(name.endswith(", compiled") for name in content["contenders"])
     unit = "by the clock" if on_gpu else "CPU seconds of the process"
     lines = [
         f"## {setting['model']}, {content['device']}{', with and without --compile' if compiles else ''}",
